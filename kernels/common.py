@@ -53,7 +53,7 @@ class Op(Generic[P, R]):
 
         def register(kernel: Callable[P, R]) -> Callable[P, R]:
             # In the library of the definition: defined anew, as by a reload, the op loses its old kernels with it.
-            run = exactly(kernel) if device == "cpu" else kernel  # a GPU's multiply in Triton, or in float64
+            run = exactly(kernel) if device == "cpu" else kernel  # those of a GPU multiply in Triton or float64
             torch.library.impl(self._name, device, _unseen_by_dynamo(run), lib=self._op._lib)
             return kernel
 

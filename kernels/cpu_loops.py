@@ -153,7 +153,7 @@ def _openmp(process: int) -> tuple[int, ...] | None:
 def _loaded() -> Iterator[ctypes.CDLL]:
     """What has the symbols of all libraries that share theirs, and GNU's OpenMP, which torch for ARM does not share."""
     yield ctypes.CDLL(None)
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # it is not loaded; the system cannot ask whether it is
         yield ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
 
 

@@ -100,8 +100,7 @@ class ProcessWide(Generic[T]):
             if outer and need.thread == threading.get_ident():  # no other thread holds what is not its own
                 self._hold(outer[0])
             elif not self._needs and self._before is not None:
-                if self._read() == need.value:  # else somebody has set it meanwhile, and means that
-                    self._write(self._before)
+                self._write(self._before)
                 self._before = None
 
     def is_safe(self) -> bool:
@@ -247,7 +246,7 @@ def exactly(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling() or _are_own():
+        if torch.compiler.is_dynamo_compiling() or _are_own():
             return function(*args, **kwargs)
         with own_defaults():
             return function(*args, **kwargs)

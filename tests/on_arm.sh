@@ -12,18 +12,21 @@ cd "$(dirname "$0")/.."
 root=${ARM_ROOT:-/var/tmp/saevlm-fast-arm64}
 processor=${QEMU_CPU:-max,sve256=on}
 
-if [ ! -e "$root/etc/debian_version" ]; then
+if [ ! -e "$root/whole" ]; then
     debootstrap --arch=arm64 --variant=minbase --include=python3,python3-venv,git,ca-certificates,libgomp1 \
         bookworm "$root" http://deb.debian.org/debian
+    touch "$root/whole"
 fi
 cp /etc/resolv.conf "$root/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
 mkdir -p "$root/checkout"
+find "$root/checkout/" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
 git ls-files -z | xargs -0 tar -c | tar -x -C "$root/checkout"
 
 mounted() { grep -q " $root/$1 " /proc/mounts; }
 mounted proc || mount -t proc proc "$root/proc"
 mounted dev || mount --bind /dev "$root/dev"
+trap 'umount "$root/proc" "$root/dev"' EXIT # else who deletes the root deletes the devices of this machine
 for core in 0 1; do # oneDNN ends the process where Linux does not name the processor
     identity="$root/sys/devices/system/cpu/cpu$core/regs/identification"
     mkdir -p "$identity"

@@ -76,19 +76,6 @@ def test_exactly_looks_before_it_sets(given, monkeypatch):
     assert bool(entered) == bool(given)
 
 
-def test_what_somebody_sets_meanwhile_stays():
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with own_defaults():
-            torch.set_float32_matmul_precision("high")
-            torch.set_default_dtype(torch.float64)
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
-
-
 def test_exactly_does_not_lean_on_what_another_thread_needs():
     """Which may end in the middle."""
     within, leave, seen = threading.Event(), threading.Event(), []

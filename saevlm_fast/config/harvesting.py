@@ -77,7 +77,7 @@ class HarvestOptions(Settings):
     workers: int | None = setting(
         None,
         help="Processes that decode and preprocess images, per rank.",
-        shown="1 beside a CPU, up to 8 beside a GPU",
+        shown="1 beside a CPU on Linux, else 0; up to 8 beside a GPU",
         at_least=0,
     )
     max_skipped: float = setting(

@@ -170,10 +170,12 @@ def default_workers(on_gpu: bool, processes: int) -> int:
 
 
 def _forks() -> bool:
-    """Whether workers are forks of this process, which Python no longer makes by itself: not where somebody has chosen
-    another way, and on Linux alone. Others import the user's script, which would harvest once more unless it is guarded
-    by `if __name__ == "__main__"`; and all that a worker needs, anew (docs/decisions.md)."""
-    return sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) in (None, "fork")
+    """Whether workers are forks of this process: on Linux, unless somebody has chosen another way than Python's own,
+    which from 3.14 on is no longer forks. Others import the user's script, which would harvest once more unless it is
+    guarded by `if __name__ == "__main__"`; and all that a worker needs, anew (docs/decisions.md)."""
+    by_itself = multiprocessing.get_all_start_methods()[0]  # what any lock of multiprocessing's makes of None
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return sys.platform == "linux" and chosen in (None, "fork", by_itself)
 
 
 @contextmanager

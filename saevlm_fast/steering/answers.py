@@ -148,7 +148,7 @@ class SteeredAnswers:
         """bool [B, T]: the chosen tokens of the steered block, where no row has a mask of its own."""
         return token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     @own_defaults()
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
         """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""

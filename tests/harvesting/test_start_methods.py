@@ -11,9 +11,11 @@ from saevlm_fast.images import batches
 from saevlm_fast.images.batches import default_workers
 
 ROOT = Path(__file__).resolve().parents[2]
+OWN = multiprocessing.get_all_start_methods()[0]  # Python's: fork, and from 3.14 on forkserver
 SCRIPT = """
 import multiprocessing
 import saevlm_fast as sf
+{before}
 if {method!r}:
     multiprocessing.set_start_method({method!r})
 stored = sf.harvest("hf:tiny-clip", "scenes:test:5", layer=3{workers})
@@ -23,22 +25,41 @@ print(len(stored.rows(__import__("torch").arange(5))), multiprocessing.get_start
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
 @pytest.mark.parametrize(
-    ("method", "workers"),
-    [(None, ""), ("forkserver", ""), ("fork", ", workers=1"), (None, ", workers=1")],
+    ("method", "before", "workers"),
+    [
+        (None, "", ""),
+        ("spawn", "", ""),
+        ("fork", "", ", workers=1"),
+        (None, "", ", workers=1"),
+        (None, "multiprocessing.Lock()", ", workers=1"),  # as tqdm makes one; Python's own way is then no longer None
+    ],
 )
-def test_a_script_without_a_guard_harvests(tmp_path, method, workers):
+def test_a_script_without_a_guard_harvests(tmp_path, method, before, workers):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(method=method, workers=workers))
+    script.write_text(SCRIPT.format(method=method, before=before, workers=workers))
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["5", str(method)]  # and what nobody chose is still anybody's choice
+    # What nobody chose is still anybody's choice.
+    assert done.stdout.split() == ["5", OWN if before else str(method)]
 
 
 @pytest.mark.parametrize(
-    ("platform", "method", "beside_cpu"),
-    [("linux", None, 1), ("linux", "fork", 1), ("linux", "forkserver", 0), ("linux", "spawn", 0), ("darwin", None, 0)],
+    ("platform", "method", "own", "beside_cpu"),
+    [
+        ("linux", None, "fork", 1),
+        ("linux", "fork", "fork", 1),
+        ("linux", "forkserver", "fork", 0),
+        ("linux", "spawn", "fork", 0),
+        ("linux", None, "forkserver", 1),
+        ("linux", "fork", "forkserver", 1),
+        ("linux", "forkserver", "forkserver", 1),
+        ("linux", "spawn", "forkserver", 0),
+        ("darwin", None, "spawn", 0),
+        ("darwin", "spawn", "spawn", 0),
+    ],
 )
-def test_beside_a_cpu_there_is_a_worker_where_it_is_a_fork(monkeypatch, platform, method, beside_cpu):
+def test_beside_a_cpu_there_is_a_worker_where_it_is_a_fork(monkeypatch, platform, method, own, beside_cpu):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [own, "others"])
     monkeypatch.setattr(batches.sys, "platform", platform)
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
     assert default_workers(on_gpu=False, processes=1) == beside_cpu
