@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import saevlm_fast as sf
 from saevlm_fast.images import batches
 from saevlm_fast.images.batches import default_workers
 
@@ -64,3 +66,10 @@ def test_beside_a_cpu_there_is_a_worker_where_it_is_a_fork(monkeypatch, platform
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
     assert default_workers(on_gpu=False, processes=1) == beside_cpu
     assert default_workers(on_gpu=True, processes=1) >= 1
+
+
+def test_a_harvest_draws_nothing_from_the_users_generator():
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        sf.harvest("hf:tiny-clip", "scenes:test:5", layer=3, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
