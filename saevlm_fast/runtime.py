@@ -57,8 +57,9 @@ class ProcessWide(Generic[T]):
     waits for both.
     """
 
-    def __init__(self, read: Callable[[], T], write: Callable[[T], None]):
+    def __init__(self, read: Callable[[], T], write: Callable[[T], None], put_back: Callable[[T], None] | None = None):
         self._read, self._write, self._changed = read, write, threading.Condition()
+        self._put_back = put_back or write
         self._needs: list[_Need[T]] = []
         self._before: T | None = None
         _after_fork(self._of_this_thread_alone)
@@ -100,7 +101,7 @@ class ProcessWide(Generic[T]):
             if outer and need.thread == threading.get_ident():  # no other thread holds what is not its own
                 self._hold(outer[0])
             elif not self._needs and self._before is not None:
-                self._write(self._before)
+                self._put_back(self._before)
                 self._before = None
 
     def is_safe(self) -> bool:
@@ -117,7 +118,7 @@ class ProcessWide(Generic[T]):
         self._changed, others = threading.Condition(), len(self._needs)
         self._needs = self._of(threading.get_ident())
         if others and not self._needs and self._before is not None:
-            self._write(self._before)
+            self._put_back(self._before)
             self._before = None
 
 
@@ -142,7 +143,14 @@ def _precision_of(settings: Callable[[], tuple[Any, ...]]) -> ProcessWide[tuple[
         for setting, precision in zip(settings(), precisions):
             setting.fp32_precision = precision
 
-    return ProcessWide(read, write)
+    def put_back(precisions: tuple[str, ...]) -> None:
+        """What followed torch.backends.mkldnn.fp32_precision goes on following it, as a CPU's do by themselves."""
+        if settings is _of_cpu:
+            write(("none",) * len(precisions))
+        if read() != precisions:
+            write(precisions)
+
+    return ProcessWide(read, write, put_back)
 
 
 _gpu_precision, _cpu_precision = _precision_of(_of_gpu), _precision_of(_of_cpu)

@@ -2,8 +2,8 @@
 # Tests on an ARM processor that is emulated: bash tests/on_arm.sh [pytest's arguments]
 #
 # As root on Debian or Ubuntu, once: apt-get install debootstrap qemu-user-static, which registers itself with the
-# kernel (binfmt_misc). A Debian for ARM is made in ARM_ROOT, with this checkout as it is and what the tests need: 6 GB,
-# 20 minutes. Tests take 10 to 30 times as long as here.
+# kernel (binfmt_misc). A Debian for ARM is made in ARM_ROOT, with this checkout as it is and what the tests need: 8 GB,
+# 20 minutes. Tests take many times as long as here.
 #
 # QEMU_CPU=neoverse-n1 is a processor without bfloat16. QEMU's own default has vectors of 2,048 bits, which no processor
 # has, and with which torch's float32 products are wrong.

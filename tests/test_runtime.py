@@ -76,6 +76,25 @@ def test_exactly_looks_before_it_sets(given, monkeypatch):
     assert bool(entered) == bool(given)
 
 
+def test_a_precision_that_follows_another_still_does():
+    """torch.backends.mkldnn.fp32_precision is that of all products on a CPU, while they have none of their own."""
+    before = torch.backends.mkldnn.fp32_precision
+    own = [setting.fp32_precision for setting in OF_CPU]
+    try:
+        for setting in OF_CPU:
+            setting.fp32_precision = "none"
+        torch.backends.mkldnn.fp32_precision = "bf16"
+        with own_defaults(), tf32_products(False):
+            assert [setting.fp32_precision for setting in OF_CPU] == ["ieee"] * 3
+        assert [setting.fp32_precision for setting in OF_CPU] == ["bf16"] * 3
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert [setting.fp32_precision for setting in OF_CPU] == ["ieee"] * 3
+    finally:
+        torch.backends.mkldnn.fp32_precision = before
+        for setting, precision in zip(OF_CPU, own):
+            setting.fp32_precision = precision
+
+
 def test_exactly_does_not_lean_on_what_another_thread_needs():
     """Which may end in the middle."""
     within, leave, seen = threading.Event(), threading.Event(), []

@@ -149,9 +149,7 @@ def image_batches(
         multiprocessing_context="fork" if workers and _forks() else None,
         worker_init_fn=_ignore_interrupts if on_gpu else _step_back,
         pin_memory=on_gpu,
-        generator=torch.Generator(
-            "cpu"
-        ),  # of seeds for workers, which draw nothing; else torch takes them from the user's
+        generator=torch.Generator("cpu"),  # of workers' seeds, which else come from the user's generator
     )
     return _checked(iter(loader))
 
