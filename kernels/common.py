@@ -31,8 +31,8 @@ class Op(Generic[P, R]):
 
     torch's own wraps every kernel so that Dynamo is imported at its first call, which takes a process a second.
     Kernels are therefore registered here, and shielded from Dynamo once somebody else has imported it.
-    torch.autocast, which people set for a language model, changes neither the values of an op nor its gradients; nor does
-    torch.set_float32_matmul_precision on a CPU.
+    torch.autocast, which people set for a language model, changes neither the values of an op nor its gradients; nor
+    does torch.set_float32_matmul_precision on a CPU.
     """
 
     def __init__(self, name: str, cuda_kernel: Callable[P, R], mutates_args: tuple[str, ...]) -> None:
