@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from saevlm_fast.runtime import exactly, without_autocast
 
@@ -46,6 +47,12 @@ class Op(Generic[P, R]):
         return f"<Op {self._name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """NotImplementedError: a derivative is asked for forwards, which torch would lose below autograd, and call 0."""
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+            raise NotImplementedError(
+                f"{self._name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize; dual tensors); "
+                "torch.autograd.functional.jacobian and vjp go backwards"
+            )
         return self.overload(*args, **kwargs)
 
     def register_kernel(self, device: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -83,6 +90,10 @@ def _unseen_by_dynamo(kernel: Callable[P, R]) -> Callable[P, R]:
         return run(*args, **kwargs)
 
     return call
+
+
+def _has_tangent(argument: object) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

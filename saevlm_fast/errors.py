@@ -62,6 +62,12 @@ def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted:
         raise ValueError(f"{name}: {shown(value)} is not {wanted}")
 
 
+def check_dense(name: str, tensor: Any, error: type[ValueError] = ValueError) -> None:
+    """error: a tensor that is sparse, nested or packed for a library. To be asked before its shape."""
+    layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    require(layout == "strided", f"{name}: a tensor of layout {layout}, must be dense", error)
+
+
 def shown(value: object) -> str:
     """A value as messages have it: its repr in one line, 60 characters at most."""
     return f"{' '.join(repr(value).split()):.60}"

@@ -235,8 +235,14 @@ def own_defaults() -> Iterator[None]:
     float32 on the CPU that are float32's. Also a decorator.
 
     People set others for language models, by torch.set_default_dtype, torch.set_default_device, torch.autocast and
-    torch.set_float32_matmul_precision.
+    torch.set_float32_matmul_precision. Nor in torch.inference_mode, outside of which what it makes is of no use.
     """
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _own_numbers():
+        yield
+
+
+@contextmanager
+def _own_numbers() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_dtype.at(torch.float32))
         stack.enter_context(float32_on_cpu())
@@ -247,7 +253,7 @@ def own_defaults() -> Iterator[None]:
 
 
 def exactly(function: Callable[P, T]) -> Callable[P, T]:
-    """The function with own_defaults, for what is called every step: it looks first whether any is not so.
+    """The function with numbers as in own_defaults, for what is called every step: it looks first whether they are so.
 
     Dynamo, which traces no such settings, traces the function as it is.
     """
@@ -256,7 +262,7 @@ def exactly(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_dynamo_compiling() or _are_own():
             return function(*args, **kwargs)
-        with own_defaults():
+        with _own_numbers():
             return function(*args, **kwargs)
 
     return call

@@ -1,8 +1,7 @@
 """The SAE module: encode to sparse codes, decode; save in the SAELens v6 layout, open any format."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.config import SAEConfig
-from saevlm_fast.errors import Doubt, check_kind, require
+from saevlm_fast.errors import Doubt, check_dense, check_kind, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.hub import resolve
-from saevlm_fast.formats.plain import Activation, PlainSAE
+from saevlm_fast.formats.plain import PARAMETERS, Activation, PlainSAE
 from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
@@ -85,15 +84,33 @@ class SparseAutoencoder(nn.Module):
         if random:
             self.reset_parameters()
 
-    @torch.no_grad()
     @own_defaults()
+    @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
+        """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device.
+
+        ValueError: as `check_own_parameters`.
+        """
+        self.check_own_parameters()
         rows_SD = first_rows(self.config, seed).to(self.W_dec.device, self.W_dec.dtype)
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)
         self.b_enc.zero_()
         self.b_dec.zero_()
+
+    def check_own_parameters(self) -> None:
+        """ValueError: one is made of others at every use, by torch's parametrize or prune: what is written is lost."""
+        own = self._parameters
+        made = [name for name in PARAMETERS if own.get(name) is None]
+        require(not made, f"sae: {', '.join(made)} is parametrised or pruned; remove that first, as it is written to")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
+        """As of any module, but half() and to(bfloat16) leave the threshold in float32 at least."""
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype in (torch.float16, torch.bfloat16):
+            self.threshold = threshold.to(self.threshold.device)
+        return self
 
     @classmethod
     @torch.no_grad()
@@ -112,8 +129,8 @@ class SparseAutoencoder(nn.Module):
         """
         config = _config_of(plain)
         sae = cls(config, dtype=dtype or plain.W_enc.dtype, random=False)
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(getattr(plain, name))
+        for name in PARAMETERS:
+            getattr(sae, name).copy_(getattr(plain, name))
         if plain.threshold is not None and config.architecture != "relu":
             sae.threshold.copy_(plain.threshold.clamp(min=0))
         return sae.to(device).eval()
@@ -127,7 +144,7 @@ class SparseAutoencoder(nn.Module):
         calibrated = config.architecture in ("batch_topk", "matryoshka") and float(self.threshold) >= 0
         has_threshold = config.architecture == "jumprelu" or calibrated
         return PlainSAE(
-            **{name: parameter.detach().cpu() for name, parameter in self.named_parameters()},
+            **{name: getattr(self, name).detach().cpu() for name in PARAMETERS},  # what a parametrisation makes of them
             activation=cast(Activation, "batch_topk" if nested else config.architecture),
             k=config.k,
             threshold=self.threshold.detach().cpu().clone() if has_threshold else None,
@@ -198,10 +215,12 @@ class SparseAutoencoder(nn.Module):
     def _checked(self, x: Tensor) -> Tensor:
         """x as kernels take it. ValueError: it is no tensor [..., d_in]."""
         check_kind("x", x, Tensor, f"a tensor [..., {self.config.d_in}]")
+        check_dense("x", x)
         require(
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
         )
+        require(x.device == self.b_dec.device, f"x: on {x.device}, the SAE is on {self.b_dec.device}")
         given, ours = (str(t.dtype).removeprefix("torch.") for t in (x, self.b_dec))
         require(given == ours, f"x: {given}, the SAE is {ours}; encode(x.to(sae.b_dec)) converts")
         return x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
@@ -265,8 +284,9 @@ class SparseAutoencoder(nn.Module):
     def scale_biases_(self, factor: float) -> None:
         """Move an SAE trained on x / factor to raw units: b_enc, b_dec and the threshold times factor.
 
-        ValueError: the SAE normalises its input, whose units it does not see.
+        ValueError: the SAE normalises its input, whose units it does not see; and as `check_own_parameters`.
         """
+        self.check_own_parameters()
         norm = self.config.input_norm
         require(norm == "none", f"input_norm: {norm}; biases are scaled where the input is not normalised")
         self.b_enc.mul_(factor)
@@ -397,16 +417,13 @@ def sae_digest(path: str | Path) -> str:
     return registry.digest(Source(resolve(path).path))
 
 
-@contextmanager
-def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
-    """The SAE in eval mode without gradients, its mode restored afterwards."""
-    was_training = sae.training
-    sae.eval()
-    try:
-        with torch.no_grad():
-            yield sae
-    finally:
-        sae.train(was_training)
+@torch.no_grad()
+def inferred(sae: SparseAutoencoder, x: Tensor) -> SparseCodes:
+    """Codes of inference of x [..., d_in], on the SAE's device and in its dtype.
+
+    Whatever mode the SAE is in, which is left alone: several threads may use it.
+    """
+    return sae.encode(x.to(sae.b_dec), use_threshold=True)
 
 
 def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:

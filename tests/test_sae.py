@@ -1,17 +1,24 @@
 """The SAE module: shapes, selection rules, gradients, and the files it writes and reads."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils import parametrize, prune
 
+import saevlm_fast as sf
 from damage import DIGESTS, edit_record
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt
 from saevlm_fast.files import sha256_file
 from saevlm_fast.kernels import reference
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, inferred, read_sae_header
+from saevlm_fast.scoring.controls import untrained_like
+from saevlm_fast.training.step import Stepper
 
 ARCHITECTURES = {"topk": (), "batch_topk": (), "matryoshka": (7, 30, 60)}
 
@@ -114,12 +121,93 @@ def test_wrong_width(shape):
         make().encode(torch.zeros(shape))
 
 
-def test_evaluating_restores_the_mode():
-    sae = make().train()
-    with evaluating(sae):
-        assert not sae.training
-        assert not torch.is_grad_enabled()
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse_coo": Tensor.to_sparse,
+    "sparse_csr": Tensor.to_sparse_csr,
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:1]]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_dense_is_named(layout):
+    x = LAYOUTS[layout](torch.ones(3, 13))
+    for function in (make().encode, make(), make().pre_activations, make().input_statistics):
+        with pytest.raises(ValueError, match=f"x: a tensor of layout {layout}, must be dense"):
+            function(x)
+
+
+def test_another_device_is_named():
+    for function in (make().encode, make().pre_activations):
+        with pytest.raises(ValueError, match="x: on meta, the SAE is on cpu"):
+            function(torch.ones(3, 13, device="meta"))
+
+
+def test_codes_of_inference_in_any_mode():
+    sae, x = make(dtype=torch.float64).train(), torch.randn(11, 13, dtype=torch.float64)
+    codes = inferred(sae, x)
     assert sae.training
+    assert not codes.top_acts.requires_grad
+    torch.testing.assert_close(codes.dense(), sae.eval().encode(x).dense())
+
+
+USES: dict[str, Callable[[SparseAutoencoder, Tensor], Any]] = {
+    "score": lambda sae, x: sf.score(x, x, sae).ms,
+    "evaluate": lambda sae, x: sf.evaluate(sae, x),
+    "measure": lambda sae, x: sf.measure({"a": sae}, x, controls=("untrained",)).table(),
+    "untrained": lambda sae, x: untrained_like(sae, x)[1],
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_uses_an_sae_leaves_its_mode_alone(name, monkeypatch):
+    """Another thread may train it."""
+    sae, x = make("batch_topk", threshold=0.7), torch.randn(40, 13, generator=torch.Generator().manual_seed(0))
+    expected, modes, train = USES[name](sae.eval(), x), [], SparseAutoencoder.train
+    sae.train()
+    monkeypatch.setattr(SparseAutoencoder, "train", lambda self, mode=True: (modes.append(self), train(self, mode))[1])
+    found = USES[name](sae, x)
+    assert sae.training
+    assert not any(each is sae for each in modes)
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    else:
+        assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize("narrow", ["half", "bfloat16"])
+def test_narrow_weights_keep_their_threshold(narrow, architecture):
+    sae = make(architecture)
+    sae.threshold.fill_(1 / 3)
+    held = getattr(sae, narrow)()
+    assert held is sae
+    assert sae.W_enc.dtype in (torch.float16, torch.bfloat16)
+    assert sae.threshold.dtype == torch.float32
+    assert "threshold" in dict(sae.named_buffers())
+    torch.testing.assert_close(sae.threshold, torch.full_like(sae.threshold, 1 / 3), rtol=0, atol=0)
+    sae.eval().encode(torch.randn(3, 13).to(sae.b_dec)).check("codes")
+    sae.double()
+    assert sae.threshold.dtype == torch.float64
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("made", ["parametrised", "pruned"])
+def test_weights_that_are_made_of_others(made, tmp_path):
+    sae = make("topk")
+    if made == "parametrised":
+        parametrize.register_parametrization(sae, "b_enc", Doubled())
+    else:
+        prune.random_unstructured(sae, "b_enc", 0.5)
+    sae.save_pretrained(tmp_path)
+    opened, x = SparseAutoencoder.from_pretrained(tmp_path), torch.randn(5, 13)
+    torch.testing.assert_close(opened.b_enc, sae.b_enc, rtol=0, atol=0)
+    torch.testing.assert_close(opened(x), sae(x))
+    for write in (sae.reset_parameters, lambda: sae.scale_biases_(2.0), lambda: Stepper(sae, sf.TrainConfig())):
+        with pytest.raises(ValueError, match="sae: b_enc is parametrised or pruned"):
+            write()
 
 
 def test_scale_biases_moves_to_raw_units(architecture):

@@ -165,6 +165,8 @@ def same(found: Any, expected: Any) -> None:
         found, expected = list(found.values()), list(expected.values())
     if isinstance(expected, torch.Tensor):
         assert (found.dtype, found.device) == (expected.dtype, expected.device)
+        assert not found.is_inference()
+        assert not expected.is_inference()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected)
@@ -185,6 +187,31 @@ def test_a_setting_of_torch_changes_nothing(name, given, tmp_path):
         assert torch.is_autocast_enabled("cpu") == ("autocast" in given)
         assert torch.get_float32_matmul_precision() == given.get("matmul", "highest")
     same(found, expected)
+
+
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+FUNCTIONS = ("score", "train", "train_many", "evaluate", "measure", "top_images", "mean residual", "texts", "answers")
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *(f"training of {each}" for each in ARCHITECTURES)])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_of_gradients_changes_nothing(name, mode, tmp_path):
+    expected = CALLS[name](tmp_path / "before")
+    with MODES[mode]():
+        found = CALLS[name](tmp_path / "after")
+    same(found, expected)
+
+
+def test_an_sae_that_was_opened_in_inference_mode_can_be_trained(tmp_path):
+    with torch.inference_mode():
+        sf.SparseAutoencoder(sized("topk")).save_pretrained(tmp_path)
+        sae = sf.SparseAutoencoder.from_pretrained(tmp_path)
+        made = sf.SparseAutoencoder(sized("topk"))
+        made.reset_parameters(1)
+    for each in (sae, made):
+        assert list(Stepper(each.train(), sf.TrainConfig()).step(rows(200, 96)))
+        each(rows(20, 96)).square().sum().backward()
+        assert each.W_enc.grad is not None
 
 
 MEASURED: dict[str, Callable[[sf.SparseAutoencoder], Any]] = {

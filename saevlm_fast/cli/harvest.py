@@ -184,7 +184,7 @@ def _row_bytes(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") ->
 def _measured_l0(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") -> float:
     """Latents that fire on a row of the first batch, on average; 0, which is unknown, if no image of it is usable."""
     from saevlm_fast.data.codes import mean_pool_codes
-    from saevlm_fast.sae import evaluating
+    from saevlm_fast.sae import inferred
 
     sae = planned.sae
     if batch.inputs is None or sae is None:
@@ -193,8 +193,7 @@ def _measured_l0(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") 
     ids = [planned.source.image_id(i) for i in batch.images]
     acts = planned.run(inputs)[store.point]
     chosen = planned.run.select(acts, store.tokens, ids, planned.config.seed, batch.inputs)
-    with evaluating(sae):
-        codes = sae.encode(chosen.rows_MD.to(sae.b_dec.dtype))
+    codes = inferred(sae, chosen.rows_MD)
     if planned.config.pool == "mean":
         codes = mean_pool_codes(codes, chosen.image_of_row, len(batch.images))
     return float(codes.l0().double().mean())

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.errors import ActivationError, first_line, require
+from saevlm_fast.errors import ActivationError, check_dense, first_line, require
 from saevlm_fast.records import TEXT, Each, Fields, check_record, parse_json, whole
 
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -87,10 +87,10 @@ def host_matrix(x: Tensor | np.ndarray, name: str = "x") -> Tensor:
         # torch knows no negative strides.
         x_ND = _read_only_tensor(x if all(stride >= 0 for stride in x.strides) else x.copy())
     elif isinstance(x, Tensor):
-        dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
+        check_dense(name, x, ActivationError)
+        require(not x.is_meta, f"{name}: on the meta device, which holds no numbers", ActivationError)
         met = dtype_names([x.dtype])
-        require(dense, f"{name}: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
-        require(x.device.type != "meta", f"{name}: on the meta device, which holds no numbers", ActivationError)
+        require(x.dtype in MATRIX_DTYPES, f"{name}: dtype {met}; accepted: {_ACCEPTED}", ActivationError)
         x_ND = x.detach().cpu().resolve_neg()  # a lazy negative bit is nothing that is seen in memory
     else:
         raise ActivationError(f"{name}: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")

@@ -33,7 +33,7 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, check_kind, first_line, require, whole_number
+from saevlm_fast.errors import ActivationError, check_dense, check_kind, first_line, require, whole_number
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.settings import path_of
 
@@ -242,6 +242,8 @@ class ActivationWriter(StoreWriter):
         if isinstance(batch_BD, np.ndarray):
             rows_BD = host_matrix(batch_BD, "rows") if batch_BD.size else torch.from_numpy(batch_BD)
         else:
+            check_dense("rows", batch_BD)
+            require(not batch_BD.is_meta, "rows: on the meta device, which holds no numbers")
             rows_BD = batch_BD
         width, shape = self._index.width, list(rows_BD.shape)
         fits = rows_BD.ndim == 2 and shape[1] == width and rows_BD.is_floating_point()

@@ -20,7 +20,7 @@ from saevlm_fast.demo.ground_truth import latent_concepts, shared_value
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, SceneStores
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.look.contact_sheet import Captioned, Section
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
@@ -103,8 +103,8 @@ def steer_colours(
 def _pooled(sae: SparseAutoencoder, patches: Activations) -> tuple[Tensor, Tensor, list[str]]:
     """Mean activation [N, S] over every scene's patches, the largest [S] of any patch, the ids of the scenes."""
     ids, image_of_row = np.unique(patches.items()["image"].to_numpy(), return_inverse=True)
-    with evaluating(sae), torch.inference_mode(), closing(patches.chunks(8192)) as chunks:
-        codes = SparseCodes.join([sae.encode(x_BD.to(sae.b_dec)) for _, x_BD in chunks], sae.config.d_sae).to("cpu")
+    with closing(patches.chunks(8192)) as chunks:
+        codes = SparseCodes.join([inferred(sae, x_BD) for _, x_BD in chunks], sae.config.d_sae).to("cpu")
     pooled_NS = mean_pool_codes(codes, torch.from_numpy(image_of_row), len(ids)).dense()
     largest_S = torch.zeros(sae.config.d_sae).scatter_reduce(0, codes.top_indices, codes.top_acts, "amax")
     return pooled_NS, largest_S, ids.tolist()

@@ -27,6 +27,7 @@ from torch import Tensor
 from saevlm_fast.errors import require
 
 Activation = Literal["relu", "topk", "jumprelu", "batch_topk"]
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")  # of every SAE
 InputNorm = Literal["none", "layer_norm", "token_norm"]
 
 
@@ -84,9 +85,8 @@ class PlainSAE:
 
     def _with(self, **exact: Tensor | None) -> "PlainSAE":
         """In float32 at least, with tensors made in float64 rounded to that."""
-        names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
         new: dict[str, Tensor] = {}
-        for name in names:
+        for name in (*PARAMETERS, "threshold"):
             old: Tensor | None = getattr(self, name)
             if old is not None:
                 exact_one = exact.get(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from saevlm_fast.errors import require
 from saevlm_fast.files import save_safetensors_atomic
-from saevlm_fast.formats.plain import PlainSAE
+from saevlm_fast.formats.plain import PARAMETERS, PlainSAE
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import NUMBER, RECORD, TEXT, Each, Fields, Kind, check_record, optional, parse_json, whole
 
@@ -72,8 +72,8 @@ def lost(plain: PlainSAE) -> list[str]:
 
 def write(plain: PlainSAE, directory: Path) -> None:
     """Writes sae.safetensors, atomically."""
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    tensors = {name: getattr(plain, name).contiguous() for name in names if getattr(plain, name) is not None}
+    names = [name for name in (*PARAMETERS, "threshold") if getattr(plain, name) is not None]
+    tensors = {name: getattr(plain, name).contiguous() for name in names}
     rest = {
         "activation": plain.activation,
         "k": plain.k,

@@ -16,7 +16,7 @@ from saevlm_fast import __version__
 from saevlm_fast.errors import require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file
 from saevlm_fast.formats.header import Header, range_of
-from saevlm_fast.formats.plain import Activation, InputNorm, PlainSAE, gated
+from saevlm_fast.formats.plain import PARAMETERS, Activation, InputNorm, PlainSAE, gated
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import (
     DIGEST,
@@ -264,7 +264,7 @@ def _plain(settings: Settings, tensors: dict[str, Tensor]) -> PlainSAE:
     fields = _described(settings, threshold)
     if threshold is not None and fields["activation"] == "batch_topk" and threshold.dim():
         threshold = threshold[0].clone()
-    weights: dict[str, Any] = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights: dict[str, Any] = {name: tensors[name] for name in PARAMETERS}
     return PlainSAE(**weights, threshold=threshold, **fields)
 
 
@@ -391,7 +391,7 @@ def write(plain: PlainSAE, directory: Path) -> None:
     Raises:
         ValueError: a BatchTopK SAE whose threshold was never calibrated. OSError: it cannot be written.
     """
-    tensors = {name: getattr(plain, name).contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = {name: getattr(plain, name).contiguous() for name in PARAMETERS}
     if plain.activation in ("batch_topk", "jumprelu"):
         message = "threshold: not calibrated; a BatchTopK SAE cannot be saved without it"
         require(plain.threshold is not None, message)

@@ -7,7 +7,7 @@ from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.images.batches import Batch
-from saevlm_fast.sae import evaluating
+from saevlm_fast.sae import inferred
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.towers.tokens import POOLED
 
@@ -34,8 +34,7 @@ def _rows(plan: HarvestPlan, store: PlannedStore, acts: Tensor, batch: Batch, id
     if sae is None:
         values = chosen.rows_MD.to(config.torch_store_dtype)
     else:
-        with evaluating(sae):
-            values = sae.encode(chosen.rows_MD.to(sae.b_dec.dtype))
+        values = inferred(sae, chosen.rows_MD)
         if config.pool == "mean":
             values = mean_pool_codes(values, chosen.image_of_row, len(batch.images))
             image_of_row, positions = torch.arange(len(batch.images)), torch.full((len(batch.images),), POOLED)

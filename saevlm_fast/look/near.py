@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.reconstruction import ReconstructionSums
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.image_rows import ImageTable
 
 N_MISSES = 5
@@ -78,8 +78,8 @@ def _chosen(table: ImageTable, work_a_row: int) -> np.ndarray:
 def _highest_where_silent(sae: SparseAutoencoder, x_RD: Tensor, sizes: Tensor, sums: ReconstructionSums) -> Tensor:
     """The largest pre-activation on each image's rows [n, S], -inf where the latent fires on one; adds to the sums."""
     size = sae.config.d_sae
-    with torch.no_grad(), evaluating(sae):
-        codes, statistics = sae.encode(x_RD), sae.input_statistics(x_RD)
+    with torch.no_grad():
+        codes, statistics = inferred(sae, x_RD), sae.input_statistics(x_RD)
         prefixes_GRD = (
             sae.decode_prefixes(codes, statistics) if len(sums.group_ends) > 1 else sae.decode(codes, statistics)[None]
         )

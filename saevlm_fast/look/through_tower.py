@@ -26,8 +26,7 @@ from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import TowerStream
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.look.tops import LatentTops
-from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.encoding import encoded
+from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.image_rows import ImageTable
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.top_images import BestImages
@@ -135,7 +134,7 @@ def _add(
         x_MD, image_of_row = _values(rows[store]), torch.bucketize(rows[store].image_of_row, numbers_n)
         for name, (of, sae) in saes.items():
             if of == store:
-                looks[name].add(_pooled(encoded(sae, x_MD), image_of_row, len(numbers_n)), numbers_n, emb_nE)
+                looks[name].add(_pooled(inferred(sae, x_MD), image_of_row, len(numbers_n)), numbers_n, emb_nE)
 
 
 class _Look:

@@ -247,7 +247,7 @@ class SplicedImages:
         return total / n
 
     def _x_hat(self, model: Model, x_BTD: Tensor) -> Tensor:
-        x_hat_ND = reconstruct(model, x_BTD.flatten(0, 1))
+        _, x_hat_ND = reconstruct(model, x_BTD.flatten(0, 1))
         return x_hat_ND.to(x_BTD.device, x_BTD.dtype).view_as(x_BTD)
 
     def _ablated(self, x_BTD: Tensor) -> Iterator[tuple[str, Tensor]]:

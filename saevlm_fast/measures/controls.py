@@ -80,8 +80,7 @@ def make_controls(
             text = f"{name} {seed} {wanted[:4]} {activations.digest()}"
             label = f"{name} {seed + 1}" if name in SEEDED and n_seeds > 1 else name
             digest = hashlib.sha256(text.encode()).hexdigest()
-            where = model if isinstance(model, Centroids) else model.eval()
-            found.append(Subject(label, "control", where, group, digest, name, seed, record))
+            found.append(Subject(label, "control", model, group, digest, name, seed, record))
     return found
 
 

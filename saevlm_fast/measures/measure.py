@@ -237,7 +237,7 @@ def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subje
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
         kind = "sae" if control is None else "control"
-        found.append(Subject(name, kind, sae.eval(), group, digest, control, seed, record))
+        found.append(Subject(name, kind, sae, group, digest, control, seed, record))
     return found
 
 

@@ -16,7 +16,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.labels import Chance, beside_null, counted_purity, purity, purity_figures, selection
 from saevlm_fast.measures.results import Measured
-from saevlm_fast.measures.subjects import Model, most_entries
+from saevlm_fast.measures.subjects import Model, codes_of, most_entries
 from saevlm_fast.peers import Peers, rows_of_share, shared_chunks
 
 
@@ -28,7 +28,7 @@ def codes_of_rows(
     gathering = CodesGathering(None, n, len(model.W_dec), "max", most_entries(), first)
     with torch.no_grad():
         for _, x_BD in shared_chunks(peers, activations.chunks, n, batch_rows):
-            gathering.add(model.encode(x_BD.to(model.b_dec.device, model.b_dec.dtype)))
+            gathering.add(codes_of(model, x_BD))
     if peers is not None:
         gathering.merge_ranks(peers)
     return gathering.result()

@@ -233,7 +233,7 @@ def _both(
             if not len(x_BD):
                 continue
             sums[0].index_add_(0, places, x_BD.double())
-            sums[1].index_add_(0, places, reconstruct(model, x_BD).to("cpu", torch.float64))
+            sums[1].index_add_(0, places, reconstruct(model, x_BD)[1].to("cpu", torch.float64))
     sums = sums if peers is None else summed(peers, sums)
     counts = torch.bincount(place_of_row[place_of_row >= 0], minlength=len(chosen))[:, None]
     return (sums[0] / counts).float(), (sums[1] / counts).float()

@@ -16,7 +16,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.reconstruction import ReconstructionSums
 from saevlm_fast.peers import Peers, rows_of_share, shared_chunks
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.memory import free_memory
@@ -57,13 +57,18 @@ class Centroids:
 Model = SparseAutoencoder | Centroids
 
 
-def reconstruct(model: Model, x_BD: Tensor) -> Tensor:
-    """decode(encode(x)) of inference, in the model's dtype and on its device."""
-    held_BD = x_BD.to(model.b_dec.device, model.b_dec.dtype)
-    codes = model.encode(held_BD)
+def codes_of(model: Model, x_BD: Tensor) -> SparseCodes:
+    """Of inference, in the model's dtype and on its device."""
+    return model.encode(x_BD.to(model.b_dec)) if isinstance(model, Centroids) else inferred(model, x_BD)
+
+
+def reconstruct(model: Model, x_BD: Tensor) -> tuple[SparseCodes, Tensor]:
+    """Codes of inference and what they decode to, in the model's dtype and on its device."""
+    held_BD = x_BD.to(model.b_dec)
+    codes = codes_of(model, held_BD)
     if isinstance(model, Centroids):
-        return model.decode(codes)
-    return model.decode(codes, model.input_statistics(held_BD))
+        return codes, model.decode(codes)
+    return codes, model.decode(codes, model.input_statistics(held_BD))
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def encode_all(
     with torch.no_grad():
         for start, x_BD in shared_chunks(peers, activations.chunks, activations.n_rows, batch_rows):
             x_BD = x_BD.to(device, dtype)
-            codes = model.encode(x_BD)
+            codes = codes_of(model, x_BD)
             sums.add(x_BD, codes, _prefixes(model, x_BD, codes, len(ends)))
             gathering.add(codes)
             on_rows(activations.n_rows * (start + len(x_BD) - own.start) // len(own))

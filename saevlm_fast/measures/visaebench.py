@@ -33,7 +33,7 @@ from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.measures.results import Figures, Measured
-from saevlm_fast.measures.subjects import Centroids, ImageRows, Model
+from saevlm_fast.measures.subjects import ImageRows, Model, reconstruct
 from saevlm_fast.measures.taxonomy import Taxonomy
 
 SEED = 42
@@ -166,10 +166,8 @@ def _pass(model: Model, activations: Activations, n_images: int, grid: Grid) -> 
     means = np.zeros((2, n_images, activations.d), np.float32)
     moran, sums, l0 = _Moran(grid, n_latents), np.zeros(4), 0.0
     for first, x_nPD in _images(activations, n_patches):
-        held_BD = x_nPD.flatten(0, 1).to(model.b_dec.device, model.b_dec.dtype)
-        codes = model.encode(held_BD)
-        statistics = None if isinstance(model, Centroids) else model.input_statistics(held_BD)
-        x_hat_BD = model.decode(codes) if isinstance(model, Centroids) else model.decode(codes, statistics)
+        held_BD = x_nPD.flatten(0, 1).to(model.b_dec)
+        codes, x_hat_BD = reconstruct(model, held_BD)
         z_nPF = codes.dense().cpu().float().view(len(x_nPD), n_patches, n_latents)
         part = slice(first, first + len(x_nPD))
         codes_NF[part] = z_nPF.amax(1).numpy()

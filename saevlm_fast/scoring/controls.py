@@ -27,7 +27,7 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import require
 from saevlm_fast.peers import Peers
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 from saevlm_fast.scoring.second_pass import change_error
 from saevlm_fast.scoring.source import Pool, ScoredImages
@@ -56,8 +56,7 @@ def untrained_like(
     n = min(activations.n_rows, max(_DRAWN_ELEMENTS // config.d_sae, 256))
     drawn = torch.randperm(activations.n_rows, generator=torch.Generator().manual_seed(seed))[:n].sort().values
     x_nD = activations.rows(drawn).to(sae.b_dec)
-    with evaluating(sae):
-        n_entries = int((sae.encode(x_nD).top_acts > 0).sum())
+    n_entries = int((inferred(sae, x_nD).top_acts > 0).sum())
     l0 = n_entries / n
     sized = SAEConfig(config.d_in, config.d_sae, min(max(1, round(l0)), config.d_sae), "batch_topk")
     untrained = SparseAutoencoder(sized, device=sae.b_dec.device, dtype=sae.b_dec.dtype, random=False)

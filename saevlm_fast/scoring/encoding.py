@@ -8,7 +8,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.sae import SparseAutoencoder, check_sae, evaluating
+from saevlm_fast.sae import SparseAutoencoder, check_sae, inferred
 from saevlm_fast.sparse_codes import SparseCodes
 
 
@@ -37,10 +37,4 @@ def encoded_chunks(
     """
     with closing(activations.chunks(batch_rows)) as chunks:
         for start, values in chunks:
-            yield start, values if sae is None or isinstance(values, SparseCodes) else encoded(sae, values)
-
-
-def encoded(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
-    """Codes of inference, on the SAE's device."""
-    with evaluating(sae):
-        return sae.encode(x_BD.to(sae.b_dec))
+            yield start, values if sae is None or isinstance(values, SparseCodes) else inferred(sae, values)

@@ -21,8 +21,8 @@ from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.peers import Peers, in_step, rows_of_share
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import SparseAutoencoder, check_sae
-from saevlm_fast.scoring.encoding import encoded, n_latents
+from saevlm_fast.sae import SparseAutoencoder, check_sae, inferred
+from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.sparse_codes import SparseCodes
 
 Pool = Literal["max", "mean"]
@@ -141,7 +141,7 @@ class ScoredImages:
                     codes = self._kept[number]
                     yield start, codes._replace(top_indices=codes.top_indices.long())
                 else:
-                    codes = encoded(self.sae, values)
+                    codes = inferred(self.sae, values)
                     self._keep(codes, number)
                     yield start, codes
 

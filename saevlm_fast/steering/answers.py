@@ -126,8 +126,8 @@ class SteeredAnswers:
             "max_new_tokens": self.max_new_tokens,
         }
 
-    @torch.inference_mode()
     @own_defaults()
+    @torch.inference_mode()
     def ask(self, image: Any, prompt: str) -> int:
         """Prepares a question about an RGB image: the number by which rows refer to it.
 
@@ -148,8 +148,8 @@ class SteeredAnswers:
         """bool [B, T]: the chosen tokens of the steered block, where no row has a mask of its own."""
         return token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
 
-    @torch.no_grad()
     @own_defaults()
+    @torch.no_grad()
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
         """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""
         inputs = self._inputs(image, prompt)
@@ -157,9 +157,9 @@ class SteeredAnswers:
         mask_BT = self._prompt_mask(x_BTD, inputs["input_ids"])
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
-    @torch.inference_mode()
     @tf32_products(False)
     @own_defaults()
+    @torch.inference_mode()
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
         rows = several("rows", rows)

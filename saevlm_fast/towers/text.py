@@ -112,9 +112,9 @@ class TextEncoder:
     logit_scale: float | None = None
     logit_bias: float = 0.0
 
-    @torch.inference_mode()
     @tf32_products(False)
     @own_defaults()
+    @torch.no_grad()
     def embed(self, texts: Sequence[str], batch_size: int = 256, *, refuse: bool = True) -> Tensor:
         """Texts -> embeddings float32 [M, E] of unit length, on the host.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.errors import whole_number
 from saevlm_fast.runtime import own_defaults, tf32_products
-from saevlm_fast.sae import SparseAutoencoder, check_sae, evaluating
+from saevlm_fast.sae import SparseAutoencoder, check_sae, inferred
 from saevlm_fast.training.step import StepOutput, Stepper
 
 Metrics = dict[str, float]
@@ -119,13 +119,13 @@ class RowSums:
         self.fired_S = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.n_fired = self.n_rows = 0
 
+    @torch.no_grad()
     def add(self, x_BD: Tensor) -> None:
         """Some rows."""
         sae = self.sae
-        with evaluating(sae):
-            x_BD = x_BD.to(sae.b_dec.device, sae.b_dec.dtype)
-            codes = sae.encode(x_BD)
-            x_hat_BD = sae.decode(codes, sae.input_statistics(x_BD))
+        x_BD = x_BD.to(sae.b_dec.device, sae.b_dec.dtype)
+        codes = inferred(sae, x_BD)
+        x_hat_BD = sae.decode(codes, sae.input_statistics(x_BD))
         self.sums_4D += row_sums(x_BD, x_hat_BD, sae.b_dec.detach())
         fires_M = (codes.top_acts > 0).flatten().long()
         self.fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)

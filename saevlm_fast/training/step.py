@@ -75,6 +75,7 @@ class Stepper:
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
         config.check_fits(sae.config)
+        sae.check_own_parameters()
         _check_unit_rows(sae.W_dec.detach())
         self.penalised = sae.config.architecture in PENALISED
         # A dead ReLU latent is below 0 on every row, where the auxiliary loss has no gradient.

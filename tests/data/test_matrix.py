@@ -286,11 +286,13 @@ def test_a_read_only_array_is_read_without_a_warning():
         (np.zeros((4, 0)), r"x: shape is \[4, 0\]; at least 1 row and 1 column"),
         (
             torch.zeros(2, 3, dtype=torch.int64),
-            "x: dtype int64, .*: dense float16, bfloat16, float32 or float64$",
+            "x: dtype int64; accepted: float16, bfloat16, float32 or float64$",
         ),
         (np.zeros((2, 3), dtype=np.int32), "x: dtype is int32; .*float32 or float64, .*NumPy has no bfloat16"),
         (np.zeros((2, 3), dtype=">f4"), "x: dtype is >f4; .*little-endian"),
-        (torch.eye(3).to_sparse(), "x: dtype float32, layout torch.sparse_coo; accepted: dense"),
+        (torch.eye(3).to_sparse(), "x: a tensor of layout sparse_coo, must be dense"),
+        (torch.nested.nested_tensor([torch.eye(3), torch.ones(2, 3)]), "x: a tensor of layout nested, must be dense"),
+        (torch.ones(2, 3, device="meta"), "x: on the meta device, which holds no numbers"),
         ([[1.0, 2.0]], r"x: list; a torch tensor or a NumPy array"),
     ],
 )

@@ -119,6 +119,8 @@ def test_items_may_come_as_a_table_without_labels(tmp_path):
     [
         (rows_of(2, 4), items_of(0, 2), r"rows are .*\[2, 4\]; floats \[rows, 5\]"),
         (torch.ones(2, 5, dtype=torch.int32), items_of(0, 2), "int32"),
+        (rows_of(2).to_sparse(), items_of(0, 2), "rows: a tensor of layout sparse_coo, must be dense"),
+        (rows_of(2).to("meta"), items_of(0, 2), "rows: on the meta device"),
         (rows_of(2), items_of(0, 3), "lengths .*3.*; the batch has 2 rows"),
         (rows_of(2), {"image": ["a", "b"]}, r"columns \['image'\]; needed: image, token"),
         (rows_of(2), {"image": ["a", "b"], "token": ["x", "y"]}, "items do not fit"),

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels.common import custom_op
 from saevlm_fast.kernels.topk_encode import topk_encode
+from saevlm_fast.sae import SparseAutoencoder
 
 ROOT = Path(__file__).resolve().parents[2]
 traced: list[bool] = []
@@ -82,6 +86,34 @@ def test_a_gradient_without_a_formula_is_refused():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="doubled_for_a_test"):
         doubled(x).sum().backward()
+
+
+def forwards(how: str, function: Callable[[Tensor], Tensor], x: Tensor) -> object:
+    if how == "jacfwd":
+        return torch.func.jacfwd(function)(x)
+    if how == "linearize":
+        return torch.func.linearize(function, x)
+    if how == "dual":
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(x, x))
+    tangent = lambda x: torch.func.jvp(function, (x,), (x,))[1]  # noqa: E731
+    return (tangent if how == "jvp" else torch.compile(tangent, backend=how))(x)
+
+
+@pytest.mark.parametrize("how", ["jvp", "jacfwd", "linearize", "dual", "eager", "aot_eager"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_derivative_forwards_is_refused(how, grad):
+    """torch would call it 0."""
+    sae = SparseAutoencoder(SAEConfig(5, 12, 2, "topk"))
+    codes = sae.encode(torch.ones(1, 5))
+    for function, x in (
+        (sae, torch.ones(1, 5)),
+        (lambda acts: sae.decode(codes._replace(top_acts=acts)), codes.top_acts.detach()),
+    ):
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            forwards(how, function, x)
+    with forward_ad.dual_level():  # of something else
+        torch.testing.assert_close(doubled(torch.ones(3)), torch.full((3,), 2.0))
 
 
 def test_what_an_op_writes_autograd_knows():
