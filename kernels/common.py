@@ -47,7 +47,7 @@ class Op(Generic[P, R]):
         return f"<Op {self._name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """NotImplementedError: a derivative is asked for forwards, which torch would lose below autograd, and call 0."""
+        """NotImplementedError: a derivative forwards, which torch would lose below autograd, and call 0."""
         if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
             raise NotImplementedError(
                 f"{self._name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize; dual tensors); "

@@ -242,6 +242,13 @@ def own_defaults() -> Iterator[None]:
 
 
 @contextmanager
+def exact_defaults() -> Iterator[None]:
+    """own_defaults, with exact products of float32 on a GPU too: for whatever measures. Also a decorator."""
+    with tf32_products(False), own_defaults():
+        yield
+
+
+@contextmanager
 def _own_numbers() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_dtype.at(torch.float32))

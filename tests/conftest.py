@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -70,11 +71,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         in_order(items)
     skip = pytest.mark.skip(reason="no GPU on this machine")
     minutes = pytest.mark.skip(reason="starts processes with torchrun, minutes long: pytest -m distributed")
+    others = pytest.mark.skip(reason="imports other libraries: pytest -m interop")
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(skip)
         if item.get_closest_marker("distributed") and "distributed" not in config.option.markexpr:
             item.add_marker(minutes)
+        if item.get_closest_marker("interop") and not asks_for_interop(config):
+            item.add_marker(others)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of interop import the real libraries, some of which change torch for the whole process."""
+    return True if collection_path.name == "interop" and not asks_for_interop(config) else None
+
+
+def asks_for_interop(config: pytest.Config) -> bool:
+    return any("interop" in word for word in (config.option.markexpr, *config.args))
 
 
 def in_order(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from saevlm_fast import runtime
 from saevlm_fast.runtime import _EXACT as EXACT
 from saevlm_fast.runtime import (
     ProcessWide,
@@ -58,7 +59,8 @@ def test_products_of_a_cpu_are_exact_and_get_their_precision_back(context, rough
 def test_exactly_looks_before_it_sets(given, monkeypatch):
     """And sets whatever is not so: the default device has its test in test_torch_defaults.py."""
     entered = []
-    monkeypatch.setattr("saevlm_fast.runtime.own_defaults", lambda: entered.append(1) or own_defaults())
+    own = runtime._own_numbers
+    monkeypatch.setattr(runtime, "_own_numbers", lambda: entered.append(1) or own())
 
     @exactly
     def look(x, y=2):

@@ -26,7 +26,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
 from saevlm_fast.errors import check_kind, require, whole_number
 from saevlm_fast.images.pairs import is_wrong
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
 
@@ -105,8 +105,7 @@ def _told(activations: Activations, tops: TopTokens, column: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), values.take(pa.array(places.reshape(-1))))
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def cross_modal(
     activations: Activations,
     sae: SparseAutoencoder,

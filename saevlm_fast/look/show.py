@@ -17,7 +17,7 @@ from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.images.open import Images
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
@@ -81,8 +81,7 @@ class ShownLatent:
         return sheet
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def show(
     latent: int,
     rows: Rows,

@@ -29,7 +29,7 @@ from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.peers import Peers
 from saevlm_fast.provenance import check_rows_of
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import check_once, path_of, several
@@ -347,8 +347,7 @@ def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]
         yield {"first": first.name, "other": other.name, **part.figures}
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def measure(
     saes: SparseAutoencoder | Mapping[str, SparseAutoencoder],
     activations: Matrix,

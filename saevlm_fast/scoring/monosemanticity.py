@@ -33,7 +33,7 @@ from saevlm_fast.errors import real_number, require
 from saevlm_fast.kernels.common import check_similarity, on_gpu
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.peers import Peers
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, Scores, embeddings_on
 from saevlm_fast.scoring.merging import merge_ranks
@@ -314,8 +314,7 @@ class StreamedScore:
 Similarity = Literal["cosine", "dot", "rbf"]
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def score(
     activations: Rows,
     embeddings: Matrix,

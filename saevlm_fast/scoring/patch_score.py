@@ -32,7 +32,7 @@ from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
 from saevlm_fast.peers import Peers, laid_end_to_end, summed
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import checked_embeddings
 from saevlm_fast.scoring.merging import merge_states
@@ -86,8 +86,7 @@ class _Pairs(NamedTuple):
         return torch.repeat_interleave(self.offsets_S1.diff())
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def patch_score(
     activations: Rows,
     embeddings: Matrix,

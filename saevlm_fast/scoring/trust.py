@@ -22,7 +22,7 @@ from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import check_kind, require, whole_number
 from saevlm_fast.peers import Peers
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary, stream
 from saevlm_fast.scoring.ranks import found_at, spearman
@@ -210,8 +210,7 @@ def _share(found_L: Tensor) -> float:
     return float(found_L.to(torch.float64).mean()) if len(found_L) else math.nan
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def trusted_score(
     activations: Rows,
     embeddings: Matrix,
@@ -258,8 +257,7 @@ def trusted_score(
     )[""]
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def trusted_scores(
     activations: Rows,
     embeddings: Mapping[str, Matrix],

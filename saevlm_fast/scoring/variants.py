@@ -28,7 +28,7 @@ from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
 from saevlm_fast.peers import Peers
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
 from saevlm_fast.scoring.merging import all_codes, merge_range
@@ -43,8 +43,7 @@ N_PAIRS = 1000
 _SET_ELEMENTS = 1 << 24  # comparisons of latents at a time
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def visaebench_score(
     activations: Rows,
     embeddings: Matrix,
@@ -129,8 +128,7 @@ class _Tops:
             self.best.add(*part)
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def tms_score(
     activations: Rows,
     sae: SparseAutoencoder | None = None,

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saevlm_fast.errors import check_kind, require, shown, whole_number
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults, own_defaults, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
@@ -157,8 +157,7 @@ class SteeredAnswers:
         mask_BT = self._prompt_mask(x_BTD, inputs["input_ids"])
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
-    @tf32_products(False)
-    @own_defaults()
+    @exact_defaults()
     @torch.inference_mode()
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""

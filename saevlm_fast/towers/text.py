@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import check_kind, require, shown
-from saevlm_fast.runtime import loading, own_defaults, resolve_device, tf32_products
+from saevlm_fast.runtime import exact_defaults, loading, own_defaults, resolve_device
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import check_sizes, without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
@@ -112,8 +112,7 @@ class TextEncoder:
     logit_scale: float | None = None
     logit_bias: float = 0.0
 
-    @tf32_products(False)
-    @own_defaults()
+    @exact_defaults()
     @torch.no_grad()
     def embed(self, texts: Sequence[str], batch_size: int = 256, *, refuse: bool = True) -> Tensor:
         """Texts -> embeddings float32 [M, E] of unit length, on the host.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.errors import whole_number
-from saevlm_fast.runtime import own_defaults, tf32_products
+from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae, inferred
 from saevlm_fast.training.step import StepOutput, Stepper
 
@@ -61,8 +61,7 @@ def _on_host(numbers: dict[str, Tensor | float]) -> Metrics:
     return {name: values[name] if isinstance(number, Tensor) else number for name, number in numbers.items()}
 
 
-@tf32_products(False)
-@own_defaults()
+@exact_defaults()
 def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:
     """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
 

@@ -265,6 +265,7 @@ def sae_lens(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('it is not imported')")
     (package / "pretrained_saes.yaml").write_text(RELEASES)
+    monkeypatch.delitem(sys.modules, "sae_lens", raising=False)  # the real one
     monkeypatch.syspath_prepend(str(package.parent))
 
 
