@@ -153,6 +153,14 @@ def fixed_row_offsets(latents_BK: Tensor) -> Tensor:
     return torch.arange(n_rows + 1, device=latents_BK.device) * k
 
 
+def sums_at(places_M: Tensor, values_M: Tensor, n: int) -> Tensor:
+    """[n]: at each place the sum of its values, in their dtype.
+
+    torch.bincount with weights waits for a GPU, and is refused there by torch.use_deterministic_algorithms.
+    """
+    return values_M.new_zeros(n).scatter_add_(0, places_M, values_M)
+
+
 # --- sizes of launches -----------------------------------------------------------------------------------------------
 
 

@@ -347,7 +347,8 @@ def launch_column_sums(
 def pair_weights(parts: Tensor) -> Tensor:
     """den [K] of the parts: their own pairs, and pairs of two parts."""
     total, den = parts[:, 0], parts[:, 1]
-    return den.sum(0) + (total[1:] * total[:-1].cumsum(0)).sum(0)
+    before = parts.new_ones(len(parts), len(parts)).tril(-1)  # no cumsum, whose order on a GPU torch does not promise
+    return den.sum(0) + (total * (before @ total)).sum(0)
 
 
 def launch_inner_products(

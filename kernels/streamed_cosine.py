@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import check, custom_op, zeros_of
+from .common import check, custom_op, sums_at, zeros_of
 from .pairwise_similarity import distinct_pair_products, well_conditioned
 from .scaled_rows import scaled_rows, squared_norms
 
@@ -155,8 +155,7 @@ def _chunk_weights(
 ) -> _ChunkWeights:
     weights_M = acts_M * squared_norms(unit_NE)[images_M].sqrt()
     total_S, square_S, norm_S, self_S = (
-        torch.bincount(latents_M, values_M, minlength=n_latents)
-        for values_M in (acts_M, acts_M.square(), weights_M, weights_M.square())
+        sums_at(latents_M, values_M, n_latents) for values_M in (acts_M, acts_M.square(), weights_M, weights_M.square())
     )
     den_S = (total_S.square() - square_S) / 2
     closed_S = well_conditioned(total_S, square_S) & well_conditioned(norm_S, self_S)

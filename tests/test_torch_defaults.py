@@ -1,8 +1,13 @@
 """What people set for the whole of torch, as for a language model they load, changes no result: the default dtype and
-device, autocast, the precision of float32 products."""
+device, autocast, the precision of float32 products, deterministic algorithms."""
 
-from collections.abc import Callable
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +18,18 @@ from saevlm_fast.images.decode import decode
 from saevlm_fast.kernels.common import Op
 from saevlm_fast.training.step import Stepper
 
+ROOT = Path(__file__).resolve().parents[1]
 SAE = sf.SAEConfig.sized(16, expansion=2, k=3)
 ARCHITECTURES = "topk", "batch_topk", "matryoshka", "relu", "jumprelu"
 
 
 @contextmanager
-def defaults(dtype=None, device=None, autocast=None, matmul="highest"):
+def defaults(dtype=None, device=None, autocast=None, matmul="highest", deterministic=False):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     torch.set_default_device(device)
     torch.set_float32_matmul_precision(matmul)
+    torch.use_deterministic_algorithms(deterministic)
     try:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             yield
@@ -30,6 +37,7 @@ def defaults(dtype=None, device=None, autocast=None, matmul="highest"):
         torch.set_default_dtype(before)
         torch.set_default_device(None)
         torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
 
 
 def rows(n=150, d=16, seed=0):
@@ -148,6 +156,7 @@ GIVEN = [
     {"autocast": torch.bfloat16},
     {"autocast": torch.float16},
     {"matmul": "medium"},
+    {"deterministic": True},
 ]
 
 
@@ -187,6 +196,48 @@ def test_a_setting_of_torch_changes_nothing(name, given, tmp_path):
         assert torch.is_autocast_enabled("cpu") == ("autocast" in given)
         assert torch.get_float32_matmul_precision() == given.get("matmul", "highest")
     same(found, expected)
+
+
+REFUSED = {"kthvalue", "median", "histc", "put_"}  # on a GPU, where algorithms must be deterministic
+
+
+def refused_calls(tree: ast.Module) -> Iterator[int]:
+    """Lines of torch's operations that are refused, bincount with weights among them."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        of_numpy = isinstance(node.func.value, ast.Name) and node.func.value.id == "np"
+        weighted = node.func.attr == "bincount" and (
+            len(node.args) > 1 or any(k.arg == "weights" for k in node.keywords)
+        )
+        if not of_numpy and (node.func.attr in REFUSED or weighted):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("room", ["kernels", "saevlm_fast"])
+def test_no_operation_that_deterministic_algorithms_refuse(room):
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for line in refused_calls(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.gpu
+def test_deterministic_algorithms_on_a_gpu():
+    """In a process of its own: cuBLAS reads its setting when it starts."""
+    code = """
+import torch, saevlm_fast as sf
+torch.use_deterministic_algorithms(True)
+x, e = torch.randn(300, 16).cuda(), torch.randn(300, 8).cuda()
+for architecture in ("topk", "batch_topk", "matryoshka"):
+    sae, _ = sf.train(x, sf.SAEConfig.sized(16, expansion=2, k=3, architecture=architecture), steps=20, batch_size=64)
+    sf.evaluate(sae, x), sf.measure(sae, x), sf.score(x, e, sae), sf.trusted_score(x, e, sae)
+sf.top_images(x, [0], n=3), sf.score(x, e), sf.trusted_score(x, e), sf.score(x, e, similarity="rbf")
+"""
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.common import sums_at
 from saevlm_fast.look.shown import Lists
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.scoring.top_images import BestImages
@@ -124,7 +125,7 @@ class _First:
         rows_M = chunk.entry_rows()
         self.best.add(acts_M, latents_M, rows_M + start)
         self.n_active_S += torch.bincount(latents_M, minlength=self.size)
-        self.sum_S += torch.bincount(latents_M, acts_M.double(), minlength=self.size)
+        self.sum_S += sums_at(latents_M, acts_M.double(), self.size)
         self.max_S.scatter_reduce_(0, latents_M, acts_M, "amax")
         bins_M = ((acts_M.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor().long().clamp_(0, N_BINS - 1)
         places_M = latents_M * N_BINS + bins_M

@@ -124,7 +124,7 @@ def threshold_for(sae: SparseAutoencoder, activations: Activations, l0: float) -
     keep = min(max(round(l0 * n), 1), len(pre_M) - 1)
     if keep < 1:
         return 0.0
-    inside, outside = (float(pre_M.kthvalue(len(pre_M) - each).values) for each in (keep - 1, keep))
+    inside, outside = pre_M.topk(keep + 1).values[-2:].tolist()
     return (inside + outside) / 2
 
 

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
+from saevlm_fast.kernels.common import sums_at
 from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
@@ -185,12 +186,12 @@ class _Jackknife:
         several_P = self.n_active_S[latents_P] > 2
         change_P = change_P.masked_fill(~several_P, 0.0)
         n_latents, images = len(self.ms_S), slice(first, first + n)
-        self.change_2S[0] += torch.bincount(latents_P, change_P, minlength=n_latents)
-        self.change_2S[1] += torch.bincount(latents_P, change_P.square(), minlength=n_latents)
+        self.change_2S[0] += sums_at(latents_P, change_P, n_latents)
+        self.change_2S[1] += sums_at(latents_P, change_P.square(), n_latents)
         two_P = self.n_active_S[latents_P] == 2
-        self.lost_3N[0, images] += torch.bincount(pairs.images_P, change_P, minlength=n)
+        self.lost_3N[0, images] += sums_at(pairs.images_P, change_P, n)
         images_T = pairs.images_P[two_P]
-        self.lost_3N[1, images] += torch.bincount(images_T, self.ms_S[latents_P[two_P]], minlength=n)
+        self.lost_3N[1, images] += sums_at(images_T, self.ms_S[latents_P[two_P]], n)
         self.lost_3N[2, images] += torch.bincount(images_T, minlength=n)
 
     def merge_ranks(self, peers: Peers) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.common import on_gpu
+from saevlm_fast.kernels.common import on_gpu, sums_at
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.peers import Peers, laid_end_to_end, summed
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
@@ -248,7 +248,7 @@ class _Deviations:
         n_latents = len(self.total_S)
         powers_M = b_M
         for power_S in self.powers_PS:
-            power_S += torch.bincount(latents_M, powers_M, minlength=n_latents)
+            power_S += sums_at(latents_M, powers_M, n_latents)
             powers_M = powers_M * b_M
         if products_M is not None:
             total_M = self.total_S[latents_M]
@@ -258,21 +258,21 @@ class _Deviations:
             change_M = _change(b_M, t_M - b_M * square_n[images_M], rest_M, self.ms_S[latents_M], self.den_S[latents_M])
             several_M = self.n_above_S[latents_M] > 2
             change_M = change_M.masked_fill(~several_M, 0.0)
-            self.change_2S[0] += torch.bincount(latents_M, change_M, minlength=n_latents)
-            self.change_2S[1] += torch.bincount(latents_M, change_M.square(), minlength=n_latents)
+            self.change_2S[0] += sums_at(latents_M, change_M, n_latents)
+            self.change_2S[1] += sums_at(latents_M, change_M.square(), n_latents)
             two_M = (self.n_above_S[latents_M] == 2) & (b_M > 0)
             self._add_lost(n_rows, images_M, change_M.nan_to_num(0.0), two_M, latents_M)
 
     def _add_lost(self, n_rows: int, images_M: Tensor, change_M: Tensor, two_M: Tensor, latents_M: Tensor) -> None:
         """What means over latents lose without each image."""
         rows = slice(self.n_images, self.n_images + n_rows)
-        self.lost_3N[0, rows] += torch.bincount(images_M, change_M, minlength=n_rows)
+        self.lost_3N[0, rows] += sums_at(images_M, change_M, n_rows)
         images_T = images_M[two_M]
-        self.lost_3N[1, rows] += torch.bincount(images_T, self.ms_S[latents_M[two_M]], minlength=n_rows)
+        self.lost_3N[1, rows] += sums_at(images_T, self.ms_S[latents_M[two_M]], n_rows)
         self.lost_3N[2, rows] += torch.bincount(images_T, minlength=n_rows)
         for w, weights_S in enumerate(self.weights_SW.unbind(1)):
             weighted_M = change_M * weights_S[latents_M]
-            self.changes_NW[rows, w] += torch.bincount(images_M, weighted_M, minlength=n_rows)
+            self.changes_NW[rows, w] += sums_at(images_M, weighted_M, n_rows)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         v_nE, along_n, square_n = self._centred(images)

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.common import sums_at
 from saevlm_fast.peers import Peers
 from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder
@@ -163,7 +164,7 @@ def tms_score(
     codes = codes if peers is None else all_codes(codes, peers)
     acts_M, latents_M, n_latents = codes.top_acts.to(torch.float64), codes.top_indices, images.n_latents
     rows_M, n_images = codes.entry_rows(), codes.n_rows
-    total_S = torch.bincount(latents_M, acts_M, minlength=n_latents)
+    total_S = sums_at(latents_M, acts_M, n_latents)
     n_active_S = torch.bincount(latents_M, minlength=n_latents)
     # a > mean by products, not by a quotient: for equal activations on all images rounding must not decide.
     on_M = acts_M * n_images > total_S[latents_M] * (1 + 1e-12)

@@ -314,7 +314,7 @@ def test_every_measure_of_an_sae_of_any_status(kind):
         *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
     }
     with torch.no_grad():
-        status = np.bincount(KeptCodes.of(sae.encode(x_ND)).status_S, minlength=4)
+        status = np.bincount(KeptCodes.of(sae.encode(x_ND, use_threshold=True)).status_S, minlength=4)
     assert (first.latents["status"] == "dead").sum() == status[STATUSES.index("dead")]
     assert first.figures["reconstruction"]["dead_share"] == (1.0 if kind == "all dead" else 0.0)
     assert json.dumps(found.as_json(), allow_nan=False)
