@@ -47,12 +47,15 @@ class Op(Generic[P, R]):
         return f"<Op {self._name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """NotImplementedError: a derivative forwards, which torch would lose below autograd, and call 0."""
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+        """NotImplementedError: a derivative forwards, which torch would lose below autograd and call 0; or one by
+        torch.func, whose own refusal names nothing that a user could do."""
+        inputs = (*args, *kwargs.values())
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
             raise NotImplementedError(
-                f"{self._name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize; dual tensors); "
-                "torch.autograd.functional.jacobian and vjp go backwards"
+                f"{self._name} has no forward-mode derivative (jvp, jacfwd, dual tensors); {_INSTEAD}"
             )
+        if not torch.compiler.is_compiling() and _in_torch_func() and torch._C._any_requires_grad(*inputs):
+            raise NotImplementedError(f"{self._name} has no derivative by torch.func (grad, vjp, jacrev); {_INSTEAD}")
         return self.overload(*args, **kwargs)
 
     def register_kernel(self, device: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -90,6 +93,16 @@ def _unseen_by_dynamo(kernel: Callable[P, R]) -> Callable[P, R]:
         return run(*args, **kwargs)
 
     return call
+
+
+_INSTEAD = "torch.autograd.grad and torch.autograd.functional.jacobian go through it"
+
+
+def _in_torch_func() -> bool:
+    """Whether the innermost transform is one of derivatives, with gradients on."""
+    functorch = torch._C._functorch
+    innermost = functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == functorch.TransformType.Grad and torch.is_grad_enabled()
 
 
 def _has_tangent(argument: object) -> bool:

@@ -110,10 +110,35 @@ def test_a_derivative_forwards_is_refused(how, grad):
         (sae, torch.ones(1, 5)),
         (lambda acts: sae.decode(codes._replace(top_acts=acts)), codes.top_acts.detach()),
     ):
-        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(NotImplementedError, match="has no forward-mode derivative"),
+        ):
             forwards(how, function, x)
     with forward_ad.dual_level():  # of something else
         torch.testing.assert_close(doubled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+BACKWARDS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "grad": lambda function, x: torch.func.grad(lambda x: function(x).sum())(x),
+    "vjp": lambda function, x: torch.func.vjp(function, x),
+    "jacrev": lambda function, x: torch.func.jacrev(function)(x),
+}
+
+
+@pytest.mark.parametrize("how", BACKWARDS)
+def test_a_derivative_by_torch_func_is_refused(how):
+    sae, x = SparseAutoencoder(SAEConfig(5, 12, 2, "topk")), torch.ones(1, 5)
+    with pytest.raises(NotImplementedError, match=r"has no derivative by torch\.func"):
+        BACKWARDS[how](sae, x)
+    with pytest.raises(NotImplementedError, match=r"has no derivative by torch\.func"):  # of the weights, within
+        torch.func.grad(lambda y: (y * sae(x)).sum())(x)
+    sae.requires_grad_(False)
+    torch.testing.assert_close(torch.func.grad(lambda y: (y * sae(x)).sum())(x), sae(x))
+    jacobian = torch.autograd.functional.jacobian(sae, x)
+    acts, latents = sae.encode(x)[:2]
+    expected = sum(torch.outer(sae.W_dec[i], sae.W_enc[:, i]) for i, a in zip(latents[0], acts[0]) if a > 0)
+    torch.testing.assert_close(jacobian[0, :, 0], expected.detach())
 
 
 def test_what_an_op_writes_autograd_knows():
