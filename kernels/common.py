@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
 from saevlm_fast.runtime import exactly, without_autocast
@@ -42,21 +43,33 @@ class Op(Generic[P, R]):
         self.overload: Any = getattr(torch.ops.saevlm_fast, name).default
         self.register_kernel("cuda")(cuda_kernel)
         self._op._lib.impl(name, without_autocast()(self.overload), "AutocastCUDA")
+        differentiated = _unseen_by_dynamo(self._with_no_tangents(make_autograd_impl(self.overload, self._op)))
+        for device in ("CPU", "CUDA", "Meta"):  # each before "Autograd", which torch has registered
+            self._op._lib.impl(name, differentiated, f"Autograd{device}", with_keyset=True)
 
     def __repr__(self) -> str:
         return f"<Op {self._name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """NotImplementedError: a derivative forwards, which torch would lose below autograd and call 0; or one by
-        torch.func, whose own refusal names nothing that a user could do."""
-        inputs = (*args, *kwargs.values())
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
-            raise NotImplementedError(
-                f"{self._name} has no forward-mode derivative (jvp, jacfwd, dual tensors); {_INSTEAD}"
-            )
-        if not torch.compiler.is_compiling() and _in_torch_func() and torch._C._any_requires_grad(*inputs):
+        """NotImplementedError: a derivative by torch.func, whose own refusal names nothing that a user could do."""
+        transformed = not torch.compiler.is_compiling() and _in_torch_func()
+        if transformed and torch._C._any_requires_grad(*args, *kwargs.values()):
             raise NotImplementedError(f"{self._name} has no derivative by torch.func (grad, vjp, jacrev); {_INSTEAD}")
         return self.overload(*args, **kwargs)
+
+    def _with_no_tangents(self, differentiated: Callable[..., R]) -> Callable[..., R]:
+        """NotImplementedError: a derivative forwards, which torch would lose below autograd, and call 0.
+
+        Asked by the dispatcher, so that of graphs and of transforms within transforms too.
+        """
+
+        def call(keyset: Any, *args: Any, **kwargs: Any) -> R:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+                kind = "forward-mode derivative (jvp, jacfwd, dual tensors)"
+                raise NotImplementedError(f"{self._name} has no {kind}; {_INSTEAD}")
+            return differentiated(keyset, *args, **kwargs)
+
+        return call
 
     def register_kernel(self, device: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorates what runs for tensors of this kind of device."""
@@ -167,10 +180,11 @@ def fixed_row_offsets(latents_BK: Tensor) -> Tensor:
 
 
 def sums_at(places_M: Tensor, values_M: Tensor, n: int) -> Tensor:
-    """[n]: at each place the sum of its values, in their dtype.
+    """[n]: at each of n places the sum of the values_M (float32 or float64) that places_M (int64) puts there.
 
     torch.bincount with weights waits for a GPU, and is refused there by torch.use_deterministic_algorithms.
     """
+    check(len(places_M) == len(values_M), f"places: {len(places_M)} of them, {len(values_M)} values")
     return values_M.new_zeros(n).scatter_add_(0, places_M, values_M)
 
 

@@ -347,8 +347,10 @@ def launch_column_sums(
 def pair_weights(parts: Tensor) -> Tensor:
     """den [K] of the parts: their own pairs, and pairs of two parts."""
     total, den = parts[:, 0], parts[:, 1]
-    before = parts.new_ones(len(parts), len(parts)).tril(-1)  # no cumsum, whose order on a GPU torch does not promise
-    return den.sum(0) + (total * (before @ total)).sum(0)
+    upto, width = total, 1
+    while width < len(parts):  # torch.cumsum is refused where algorithms must be deterministic
+        upto, width = torch.cat([upto[:width], upto[width:] + upto[:-width]]), 2 * width
+    return den.sum(0) + (total[1:] * upto[:-1]).sum(0)
 
 
 def launch_inner_products(

@@ -235,7 +235,8 @@ def own_defaults() -> Iterator[None]:
     float32 on the CPU that are float32's. Also a decorator.
 
     People set others for language models, by torch.set_default_dtype, torch.set_default_device, torch.autocast and
-    torch.set_float32_matmul_precision. Nor in torch.inference_mode, outside of which what it makes is of no use.
+    torch.set_float32_matmul_precision. torch.inference_mode is left too, as what it makes is of no use outside of it;
+    that turns gradients on, so torch.no_grad belongs inside.
     """
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _own_numbers():
         yield

@@ -100,19 +100,21 @@ class SparseAutoencoder(nn.Module):
 
     def check_own_parameters(self) -> None:
         """ValueError: one is made of others at every use, by torch's parametrize or prune: what is written is lost."""
-        own = self._parameters
-        made = [name for name in PARAMETERS if own.get(name) is None]
+        own = self._parameters | self._buffers
+        made = [name for name in (*PARAMETERS, "threshold") if own.get(name) is None]
         require(not made, f"sae: {', '.join(made)} is parametrised or pruned; remove that first, as it is written to")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
-        """As of any module, but half() and to(bfloat16) leave the threshold in float32 at least."""
-        threshold = self.threshold
+        """As of any module, but half(), to(bfloat16) and the like leave the threshold in float32 at least."""
+        before = self._buffers.get("threshold")  # None of one that is parametrised
         super()._apply(fn, recurse)
-        if self.threshold.dtype in (torch.float16, torch.bfloat16):
-            self.threshold = threshold.to(self.threshold.device)
+        after = self._buffers.get("threshold")
+        if before is not None and after is not None and torch.finfo(after.dtype).bits < 32:
+            self._buffers["threshold"] = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
         return self
 
     @classmethod
+    @own_defaults()
     @torch.no_grad()
     def from_plain(
         cls, plain: PlainSAE, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -419,9 +421,9 @@ def sae_digest(path: str | Path) -> str:
 
 @torch.no_grad()
 def inferred(sae: SparseAutoencoder, x: Tensor) -> SparseCodes:
-    """Codes of inference of x [..., d_in], on the SAE's device and in its dtype.
+    """Codes of inference of x [..., d_in], on the SAE's device and in its dtype. ValueError: as its `encode`.
 
-    Whatever mode the SAE is in, which is left alone: several threads may use it.
+    The SAE's mode is left alone, as several threads may use it, and decides nothing unless a subclass goes by it.
     """
     return sae.encode(x.to(sae.b_dec), use_threshold=True)
 

@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when it is first imported, so it is set here, befo
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -87,7 +88,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def asks_for_interop(config: pytest.Config) -> bool:
-    return any("interop" in word for word in (config.option.markexpr, *config.args))
+    by_marker = re.search(r"(?<!not )\binterop\b", config.option.markexpr)
+    return bool(by_marker) or any("formats/interop" in Path(arg).as_posix() for arg in config.args)
 
 
 def in_order(items: list[pytest.Item]) -> None:

@@ -174,17 +174,17 @@ def test_what_uses_an_sae_leaves_its_mode_alone(name, monkeypatch):
         assert repr(found) == repr(expected)
 
 
-@pytest.mark.parametrize("narrow", ["half", "bfloat16"])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_narrow_weights_keep_their_threshold(narrow, architecture):
     sae = make(architecture)
     sae.threshold.fill_(1 / 3)
-    held = getattr(sae, narrow)()
+    held = sae.to(narrow)
     assert held is sae
-    assert sae.W_enc.dtype in (torch.float16, torch.bfloat16)
+    assert sae.W_enc.dtype == narrow
     assert sae.threshold.dtype == torch.float32
     assert "threshold" in dict(sae.named_buffers())
     torch.testing.assert_close(sae.threshold, torch.full_like(sae.threshold, 1 / 3), rtol=0, atol=0)
-    sae.eval().encode(torch.randn(3, 13).to(sae.b_dec)).check("codes")
+    sae.half().eval().encode(torch.randn(3, 13).half()).check("codes")
     sae.double()
     assert sae.threshold.dtype == torch.float64
 
@@ -192,6 +192,14 @@ def test_narrow_weights_keep_their_threshold(narrow, architecture):
 class Doubled(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
+
+
+def test_a_threshold_that_is_made_of_another():
+    sae = make()
+    parametrize.register_parametrization(sae, "threshold", Doubled())
+    with pytest.raises(ValueError, match="sae: threshold is parametrised"):
+        sae.scale_biases_(2.0)
+    assert sae.half().W_enc.dtype == torch.float16
 
 
 @pytest.mark.parametrize("made", ["parametrised", "pruned"])

@@ -25,7 +25,7 @@ ARCHITECTURES = "topk", "batch_topk", "matryoshka", "relu", "jumprelu"
 
 @contextmanager
 def defaults(dtype=None, device=None, autocast=None, matmul="highest", deterministic=False):
-    before = torch.get_default_dtype()
+    before, was = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     torch.set_default_dtype(dtype or before)
     torch.set_default_device(device)
     torch.set_float32_matmul_precision(matmul)
@@ -37,7 +37,7 @@ def defaults(dtype=None, device=None, autocast=None, matmul="highest", determini
         torch.set_default_dtype(before)
         torch.set_default_device(None)
         torch.set_float32_matmul_precision("highest")
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(was)
 
 
 def rows(n=150, d=16, seed=0):
@@ -134,7 +134,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "score": lambda _: sf.score(rows(), rows(d=8, seed=1)).ms,
     "trusted_score": lambda _: trusted(),
     "train": lambda _: trained(),
-    "train_many": lambda _: {n: t.sae.state_dict() for n, t in sf.train_many(rows(), {"a": SAE}, steps=3).items()},
+    "train_many": lambda _: {
+        n: t.sae.state_dict() for n, t in sf.train_many(rows(), {"a": SAE}, steps=3, device="cpu").items()
+    },
     "evaluate": lambda _: sf.evaluate(trained_sae(), rows()),
     "measure": lambda _: figures(sf.measure(trained_sae(), rows())),
     "harvest": lambda _: harvested(),
@@ -207,9 +209,9 @@ def refused_calls(tree: ast.Module) -> Iterator[int]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         of_numpy = isinstance(node.func.value, ast.Name) and node.func.value.id == "np"
-        weighted = node.func.attr == "bincount" and (
-            len(node.args) > 1 or any(k.arg == "weights" for k in node.keywords)
-        )
+        of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        places = node.args[of_torch:] + [k for k in node.keywords if k.arg == "weights"]  # behind what is counted
+        weighted = node.func.attr == "bincount" and len(places) > 0
         if not of_numpy and (node.func.attr in REFUSED or weighted):
             yield node.lineno
 
@@ -231,10 +233,15 @@ def test_deterministic_algorithms_on_a_gpu():
 import torch, saevlm_fast as sf
 torch.use_deterministic_algorithms(True)
 x, e = torch.randn(300, 16).cuda(), torch.randn(300, 8).cuda()
-for architecture in ("topk", "batch_topk", "matryoshka"):
-    sae, _ = sf.train(x, sf.SAEConfig.sized(16, expansion=2, k=3, architecture=architecture), steps=20, batch_size=64)
-    sf.evaluate(sae, x), sf.measure(sae, x), sf.score(x, e, sae), sf.trusted_score(x, e, sae)
-sf.top_images(x, [0], n=3), sf.score(x, e), sf.trusted_score(x, e), sf.score(x, e, similarity="rbf")
+for architecture, k in ("topk", 3), ("batch_topk", 3), ("matryoshka", 3), ("relu", None), ("jumprelu", None):
+    config = sf.SAEConfig.sized(16, expansion=2, architecture=architecture, **({"k": k} if k else {}))
+    sae, _ = sf.train(x, config, steps=20, batch_size=64, device="cuda")
+    sf.evaluate(sae, x), sf.measure(sae, x)
+    for own in (sae, None):
+        sf.trusted_score(x, e, own, device="cuda")
+        for similarity in ("cosine", "dot", "rbf"):
+            sf.score(x, e, own, similarity=similarity, device="cuda")
+    sf.top_images(x, [0], 3, sae)
 """
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -277,7 +277,7 @@ def plan(options: EvaluateArguments) -> Plan:
     """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
     import time
 
-    from saevlm_fast.measures.measure import SparseAutoencoder
+    from saevlm_fast.sae import SparseAutoencoder, inferred
 
     check_output(options)
     check_writable(options.output)
@@ -288,10 +288,10 @@ def plan(options: EvaluateArguments) -> Plan:
     sample = inputs.activations.rows(_first_rows(n, options.batch_size))
     models = [subject.model for subject in subjects if isinstance(subject.model, SparseAutoencoder)]
     for model in models:
-        model.encode(sample[:1].to(model.b_dec))  # a first call may compile
+        inferred(model, sample[:1])  # a first call may compile
     start, entries = time.perf_counter(), 0
     for model in models:
-        entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
+        entries = max(entries, inferred(model, sample).n_entries)
     seconds = (time.perf_counter() - start) * n / len(sample) * (1 + len(options.controls))
     widest = max((each.d for each in inputs.embeddings.values()), default=0)
     sums = 16 * max(each.n_latents for each in subjects) * widest  # of the score, of both halves of the images

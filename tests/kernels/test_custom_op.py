@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels.common import custom_op
-from saevlm_fast.kernels.topk_encode import topk_encode
+from saevlm_fast.kernels.topk_encode import topk_encode, topk_encode_op
 from saevlm_fast.sae import SparseAutoencoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def test_the_first_call_of_an_op_imports_neither_dynamo_nor_triton():
     code = """
 import sys, torch
 from saevlm_fast.kernels.sparse_decode import sparse_decode
-from saevlm_fast.kernels.topk_encode import topk_encode
+from saevlm_fast.kernels.topk_encode import topk_encode, topk_encode_op
 x, W, b, zeros = torch.randn(5, 7), torch.randn(7, 70), torch.zeros(70), torch.zeros(7)
 W_dec = W.T.contiguous().requires_grad_()
 sparse_decode(*topk_encode(x, W, b, zeros, 3), None, W_dec, zeros).sum().backward()
@@ -124,6 +125,45 @@ BACKWARDS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
     "vjp": lambda function, x: torch.func.vjp(function, x),
     "jacrev": lambda function, x: torch.func.jacrev(function)(x),
 }
+
+
+def tangents(function: Callable[[Tensor], Tensor], x: Tensor) -> object:
+    return torch.func.jvp(function, (x,), (x,))[1]
+
+
+HIDDEN: dict[str, Callable[[SparseAutoencoder, Tensor], object]] = {
+    "outer": lambda sae, x: tangents(lambda z: tangents(lambda y: sae(z) * y, x), x),
+    "mapped": lambda sae, x: tangents(torch.func.vmap(sae), x),
+    "exported": lambda sae, x: tangents(torch.export.export(sae, (x,)).module(), x),
+    "traced": lambda sae, x: tangents(make_fx(sae)(x), x),
+    "the overload": lambda sae, x: tangents(lambda x: topk_encode_op.overload(x, *weights(sae), 2, None)[0], x),
+}
+
+
+def weights(sae: SparseAutoencoder) -> tuple[Tensor, ...]:
+    return sae.W_enc, sae.b_enc, sae.b_dec
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_a_derivative_forwards_is_refused_where_python_does_not_see_it(how):
+    sae = SparseAutoencoder(SAEConfig(5, 12, 2, "topk")).requires_grad_(False)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        HIDDEN[how](sae, torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_derivative_forwards_is_refused_by_what_was_compiled_without(backend):
+    compiled, x = torch.compile(SparseAutoencoder(SAEConfig(5, 12, 2, "topk")), backend=backend), torch.ones(1, 5)
+    with torch.no_grad(), forward_ad.dual_level():
+        compiled(x)
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            compiled(forward_ad.make_dual(x, x))
+
+
+def test_what_has_no_tangent_passes_beside_one():
+    sae, x = SparseAutoencoder(SAEConfig(5, 12, 2, "topk")).requires_grad_(False), torch.ones(1, 5)
+    for function in (sae, torch.func.vmap(sae)):
+        torch.testing.assert_close(tangents(lambda y, function=function: y * function(x), x), sae(x) * x)
 
 
 @pytest.mark.parametrize("how", BACKWARDS)
