@@ -21,9 +21,11 @@ import shutil
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ LOCK_SECONDS = 3.0  # a process that was just killed may need a moment to be gon
 _POLL_SECONDS = 0.05
 _LONGEST_COMMAND = 160
 
-_held: dict[tuple[int, str], "Lock"] = {}  # by process: a fork inherits the dictionary, not the locks
+_held: dict[tuple[int, str], "_Held"] = {}  # by process: a fork inherits the dictionary, not the locks
+_changed = threading.Condition()  # of _held
 
 
 def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
@@ -118,12 +121,14 @@ def output_lock(
     on_wait: Callable[[], None] = lambda: None,
     parents: bool = False,
 ) -> Iterator[Lock]:
-    """One process at a time works on an output, or several that share it. Gone with the process, however it ends.
+    """One thread of one process at a time works on an output, or several that share it. Gone with the process, however
+    it ends.
 
     A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
-    inherit it, and it does not keep threads of one process apart, nor a call from another in it that has the lock
-    already. The lock file says who holds it; it is removed in the end, and a directory that was made for it, if nothing
-    else has come into it. Beside a file, what killed writers of it left is removed first. On Windows there is no lock.
+    inherit it. It does not keep threads of one process apart, which `_held` does. A call within another of the same
+    thread has the lock already. The lock file says who holds it; it is removed in the end, and a directory that was
+    made for it, if nothing else has come into it. Beside a file, what killed writers of it left is removed first. On
+    Windows there is no lock between processes.
 
     Args:
         output: the file or directory that is written.
@@ -139,26 +144,67 @@ def output_lock(
     output = Path(output)
     folder = output if directory else output.parent
     file = folder / LOCK_FILE if directory else output.with_name(f".{output.name}.lock")
+    patience = LOCK_SECONDS if patience is None else patience
     key = os.getpid(), os.path.realpath(file)
-    if key in _held:
-        yield _held[key]
-        return
+    held = _claimed(key, output, exclusive, patience, on_wait)
     makes = directory or parents
     made = [path for path in (folder, *folder.parents) if not path.exists()] if makes else []
     try:
-        lock = _taken(output, file, makes, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
-        _held[key] = lock
-        try:
+        if held.lock is None:
+            held.lock = _taken(output, file, makes, exclusive, patience, on_wait)
             if not directory and exclusive:
                 remove_leftovers_of(output)
-            yield lock
+        yield held.lock
+    finally:
+        _let_go(key, held, made)
+
+
+@dataclass
+class _Held:
+    """Who of this process has an output, a thread once for every call; and the lock, once it is taken."""
+
+    threads: list[int]
+    lock: Lock | None = None
+
+
+def _claimed(
+    key: tuple[int, str], output: Path, exclusive: bool, patience: float, on_wait: Callable[[], None]
+) -> _Held:
+    """This thread's claim, or its share of another's. ValueError: another thread has the output for longer."""
+    me = threading.get_ident()
+
+    def is_free() -> bool:
+        held = _held.get(key)
+        return held is None or me in held.threads or (not exclusive and held.lock is not None and held.lock.shared)
+
+    with _changed:
+        if not is_free():
+            on_wait()
+        free = _changed.wait_for(is_free, patience)
+        require(free, f"output: {output} is in use by another thread of this process")
+        held = _held.setdefault(key, _Held([]))
+        held.threads.append(me)
+        return held
+
+
+def _let_go(key: tuple[int, str], held: _Held, made: Sequence[Path]) -> None:
+    """The last one releases the lock, before another thread may open its file: closing any ends a process's lock.
+
+    made: directories for it, which go where nothing else has come into them.
+    """
+    with _changed:
+        held.threads.remove(threading.get_ident())
+        if held.threads:
+            return
+        try:
+            if held.lock is not None:
+                held.lock.release()
+            with suppress(OSError):  # what is not empty stays
+                for path in made:
+                    path.rmdir()
         finally:
             del _held[key]
-            lock.release()
-    finally:
-        with suppress(OSError):  # what is not empty stays
-            for path in made:
-                path.rmdir()
+            _changed.notify_all()
 
 
 def _taken(

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,6 +100,48 @@ def test_a_lock_is_had_once_by_a_process(tmp_path):
             assert again is lock
         assert (tmp_path / LOCK_FILE).exists()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_refused_while_another_thread_holds_it(tmp_path):
+    output = tmp_path / "new" / "out"
+    with ThreadPoolExecutor(1) as other, output_lock(output, directory=True):
+        held = other.submit(lambda: output_lock(output, directory=True, patience=0.05).__enter__())
+        with pytest.raises(ValueError, match=f"output: {output} is in use by another thread of this process"):
+            held.result(60)
+        with output_lock(output, directory=True):
+            assert (output / LOCK_FILE).exists()
+    assert not output.parent.exists()
+
+
+def test_threads_that_wait_for_a_lock_have_it_one_after_the_other(tmp_path):
+    inside, seen, waited = [], [], []
+
+    def work(number):
+        with output_lock(tmp_path / "out", directory=True, patience=60, on_wait=lambda: waited.append(number)):
+            inside.append(number)
+            time.sleep(0.01)
+            seen.append(list(inside))
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert sorted(seen) == [[number] for number in range(16)]
+    assert waited
+    assert not (tmp_path / "out").exists()
+
+
+def test_threads_that_share_a_lock_keep_it_until_the_last_has_gone(tmp_path):
+    with ThreadPoolExecutor(1) as other:
+        first = output_lock(tmp_path, directory=True, exclusive=False)
+        second = output_lock(tmp_path, directory=True, exclusive=False)
+        first.__enter__()
+        other.submit(second.__enter__).result(60)
+        first.__exit__(None, None, None)
+        with pytest.raises(ValueError, match="another thread"), output_lock(tmp_path, directory=True, patience=0.05):
+            pass
+        assert (tmp_path / LOCK_FILE).exists()
+        other.submit(second.__exit__, None, None, None).result(60)
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_damaged_lock_file_is_some_process(tmp_path):
