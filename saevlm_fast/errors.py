@@ -65,6 +65,8 @@ def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted:
 def check_dense(name: str, tensor: Any, error: type[ValueError] = ValueError) -> None:
     """error: a tensor that is sparse, nested or packed for a library. To be asked before its shape."""
     layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    masked = type(tensor).__name__ == "MaskedTensor"  # of torch.masked, whose mask would be lost
+    require(not masked, f"{name}: a MaskedTensor, must be dense; give the rows that are not masked", error)
     require(layout == "strided", f"{name}: a tensor of layout {layout}, must be dense", error)
 
 

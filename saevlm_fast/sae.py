@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt, check_dense, check_kind, require
@@ -23,6 +25,7 @@ from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = sae_lens.WEIGHTS_FILE, sae_lens.CONFIG_FILE
+CALIBRATED = ("batch_topk", "matryoshka")  # architectures whose threshold training finds
 FIRST_THRESHOLD = 0.001  # of jumprelu, in the units of training
 
 
@@ -104,6 +107,12 @@ class SparseAutoencoder(nn.Module):
         made = [name for name in (*PARAMETERS, "threshold") if own.get(name) is None]
         require(not made, f"sae: {', '.join(made)} is parametrised or pruned; remove that first, as it is written to")
 
+    def _make_weights(self) -> None:
+        """Those of prune and of the older weight_norm, which make them where the module is called, and nowhere else."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm):
+                hook(self, ())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
         """As of any module, but half(), to(bfloat16) and the like leave the threshold in float32 at least."""
         before = self._buffers.get("threshold")  # None of one that is parametrised
@@ -139,11 +148,12 @@ class SparseAutoencoder(nn.Module):
 
     def to_plain(self) -> PlainSAE:
         """The plain form, on the CPU and in the SAE's dtype. from_plain makes the same SAE of it."""
+        self._make_weights()
         config = self.config
         metadata = dict(config.metadata)
         doubts, groups = metadata.pop("doubts", ()), metadata.pop("trained_group_sizes", ())
         nested = config.architecture == "matryoshka"
-        calibrated = config.architecture in ("batch_topk", "matryoshka") and float(self.threshold) >= 0
+        calibrated = config.architecture in CALIBRATED and float(self.threshold) >= 0
         has_threshold = config.architecture == "jumprelu" or calibrated
         return PlainSAE(
             **{name: getattr(self, name).detach().cpu() for name in PARAMETERS},  # what a parametrisation makes of them
@@ -174,6 +184,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: a wrong last dimension, a threshold that was never calibrated, or a k that is not known.
         """
+        self._make_weights()
         x = self._normalised(x)
         check_kind("use_threshold", use_threshold, (bool, type(None)), "true, false or None")
         weights = (x.reshape(-1, self.config.d_in), self.W_enc, self.b_enc, self.b_dec)
@@ -206,6 +217,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: a wrong last dimension.
         """
+        self._make_weights()
         return (self._normalised(x) - self.b_dec) @ self.W_enc + self.b_enc
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -254,6 +266,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: they are needed and missing.
         """
+        self._make_weights()
         check_kind("codes", codes, SparseCodes, "SparseCodes; encode(x) gives them")
         x_hat = sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
         return self._raw(x_hat, statistics)
@@ -263,6 +276,7 @@ class SparseAutoencoder(nn.Module):
 
         Args and Raises: as `decode`.
         """
+        self._make_weights()
         x_hat_GBD = matryoshka_decode(*codes.flat(), self.W_dec, self.b_dec, self.config.group_ends)
         return self._raw(x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in), statistics)
 
@@ -425,7 +439,8 @@ def inferred(sae: SparseAutoencoder, x: Tensor) -> SparseCodes:
 
     The SAE's mode is left alone, as several threads may use it, and decides nothing unless a subclass goes by it.
     """
-    return sae.encode(x.to(sae.b_dec), use_threshold=True)
+    x = x.to(sae.b_dec)
+    return sae.encode(x, use_threshold=True) if sae.config.architecture in CALIBRATED else sae.encode(x)
 
 
 def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:

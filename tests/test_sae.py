@@ -194,6 +194,17 @@ class Doubled(torch.nn.Module):
         return 2 * x
 
 
+class PlainEncoder(SparseAutoencoder):
+    def encode(self, x: Tensor) -> sf.SparseCodes:
+        return super().encode(x)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_subclass_whose_encoder_takes_no_threshold_is_used(name):
+    sae = PlainEncoder(SAEConfig(13, 97, 5, "topk"))
+    USES[name](sae, torch.randn(40, 13, generator=torch.Generator().manual_seed(0)))
+
+
 def test_a_threshold_that_is_made_of_another():
     sae = make()
     parametrize.register_parametrization(sae, "threshold", Doubled())
@@ -202,19 +213,30 @@ def test_a_threshold_that_is_made_of_another():
     assert sae.half().W_enc.dtype == torch.float16
 
 
-@pytest.mark.parametrize("made", ["parametrised", "pruned"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("made", ["parametrised", "pruned", "weight-normed"])
 def test_weights_that_are_made_of_others(made, tmp_path):
+    """As they are now: prune and the older weight_norm make them where the module is called, and nowhere else."""
     sae = make("topk")
     if made == "parametrised":
         parametrize.register_parametrization(sae, "b_enc", Doubled())
-    else:
+    elif made == "pruned":
         prune.random_unstructured(sae, "b_enc", 0.5)
+        sae.b_enc_orig.data.add_(1.0)
+    else:
+        torch.nn.utils.weight_norm(sae, "W_dec")
+        sae.W_dec_g.data.mul_(2.0)
     sae.save_pretrained(tmp_path)
+    x_SD = torch.eye(13)
+    decoded, pre_SS = sae.decode(sae.encode(x_SD)), sae.pre_activations(x_SD)
+    expected = sae(x_SD)
+    torch.testing.assert_close(decoded, expected)
+    torch.testing.assert_close(pre_SS, (x_SD - sae.b_dec) @ sae.W_enc + sae.b_enc)
     opened, x = SparseAutoencoder.from_pretrained(tmp_path), torch.randn(5, 13)
-    torch.testing.assert_close(opened.b_enc, sae.b_enc, rtol=0, atol=0)
+    torch.testing.assert_close(opened(x_SD), expected)
     torch.testing.assert_close(opened(x), sae(x))
     for write in (sae.reset_parameters, lambda: sae.scale_biases_(2.0), lambda: Stepper(sae, sf.TrainConfig())):
-        with pytest.raises(ValueError, match="sae: b_enc is parametrised or pruned"):
+        with pytest.raises(ValueError, match="sae: [Wb]_(enc|dec) is parametrised or pruned"):
             write()
 
 

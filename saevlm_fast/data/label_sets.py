@@ -6,6 +6,7 @@ Shape suffixes: N images, L labels, M (image, label) entries.
 
 import csv
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import first_line, require, shown
+from saevlm_fast.errors import Doubt, first_line, require, shown
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
@@ -41,7 +42,7 @@ class LabelSet:
 
     @classmethod
     def of(cls, labels: Iterable[Label | Iterable[Label] | None], name: str = "labels") -> "LabelSet":
-        """One label an image, several, or None of an image of which nothing is known.
+        """One label an image, several, or None of an image of which nothing is known. An empty text is no label.
 
         Raises:
             ValueError: no image has a label.
@@ -112,7 +113,7 @@ def _labels_of(image: Any) -> set[str] | None:
     found = [_name(each) for each in listed or []]
     fits = listed is not None and None not in found
     require(fits, f"labels: {shown(image)} is no text or whole number, or several")
-    return {name for name in found if name is not None}
+    return {name for name in found if name}  # an empty one is no label, as an empty cell is
 
 
 def _name(label: Any) -> str | None:
@@ -132,8 +133,9 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     """Label sets in a file: .csv with a header, .parquet, each column after the first one a set.
 
     The first column is the image's id, as the store has it, or the row's number where a matrix has no ids. An id may
-    stand in several lines: the image then has several labels. An empty cell is no label; an image that is in no line is
-    left out. Lines of images that are not there are passed over.
+    stand in several lines: the image then has several labels. An empty cell is no label, nor is NaN among numbers; an
+    image that is in no line is left out. Lines of images that are not there are passed over, with a Doubt if there are
+    images without a line as well.
 
     Raises:
         ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images.
@@ -151,15 +153,21 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     number = {each: i for i, each in enumerate(ids)}
     require(header[0] not in number, f"labels: {path}: the first line is of image {header[0]!r}; a header is needed")
     found: list[list[set[str] | None]] = [[None] * len(ids) for _ in header[1:]]
+    strangers: list[str] = []
     for identity, *cells in lines:
         image = number.get(identity)
         if image is None:
+            strangers.append(identity)
             continue
         for column, cell in zip(found, cells):
             column[image] = (column[image] or set()) | ({cell} if cell else set())
     there = any(each is not None for each in found[0])
     example = f"such as {ids[0]!r}" if len(ids) else ""
     require(there, f"labels: {path}: no line of any of the {len(ids)} images, {example}")
+    n_known = sum(each is not None for each in found[0])
+    if strangers and n_known < len(ids):
+        told = f"{n_known:,} of {len(ids):,} images are in it, and {len(strangers):,} of its lines are of none"
+        warnings.warn(f"labels: {path}: {told}, such as {strangers[0]!r}", Doubt, stacklevel=2)
     return [LabelSet.of(column, name) for name, column in zip(header[1:], found)]
 
 
@@ -180,11 +188,15 @@ def _parquet_lines(path: Path) -> tuple[list[str], list[list[str]]]:
         with open_table(path) as file:
             names = list(file.schema_arrow.names)
             table = read_text_columns(file, names)
-        columns = [[_text(cell) for cell in column.to_pylist()] for column in table.columns]
+            numbers = [pa.types.is_floating(field.type) for field in file.schema_arrow]
+        columns = [
+            [_text(cell, number) for cell in column.to_pylist()] for column, number in zip(table.columns, numbers)
+        ]
     except pa.ArrowException as error:
         raise ValueError(first_line(error)) from None
     return names, [list(line) for line in zip(*columns)]
 
 
-def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell)
+def _text(cell: Any, of_number: bool) -> str:
+    text = "" if cell is None else str(cell)
+    return "" if of_number and text.lower() == "nan" else text

@@ -53,19 +53,50 @@ def checked_ids(n: int, *sides: StoredRows, rows: range | None = None) -> Iterat
     Sides without ids (matrix files) are taken as they are. rows: of the chunks; the one before them is looked at too.
 
     Raises:
-        ValueError: several rows of one image, or two sides whose images differ, naming the row and both images.
+        ValueError: several rows of one image, together or apart, or two sides whose images differ, naming the row and
+            both images.
     """
     start = 0 if rows is None else rows.start
+    stop = sides[0].n_rows if rows is None else rows.stop
+    once = [ImagesOnce(side) for side in sides]
     last = [side.items([start - 1]) if start and side.has_items else ITEM_SCHEMA.empty_table() for side in sides]
     for tables in zip(*(side.item_chunks(n, rows=rows) if side.has_items else repeat(None) for side in sides)):
         for i, (side, table) in enumerate(zip(sides, tables)):
             if table is not None:
                 _check_one_row_per_image(side, pa.concat_tables([last[i], table]), start - len(last[i]))
                 last[i] = table.slice(len(table) - 1)
+                once[i].add(table["image"])
         if len(sides) == 2 and None not in tables:
             _check_same_images(sides, [table["image"] for table in tables], start)
         start += n
+        if start >= stop:
+            for each in once:
+                each.check()
         yield
+
+
+class ImagesOnce:
+    """Images of a side as they come, each of which comes once."""
+
+    def __init__(self, side: StoredRows) -> None:
+        self._side = side
+        self._names: list[pa.Array] = []
+
+    def add(self, names: pa.Array | pa.ChunkedArray) -> None:
+        """The next ones."""
+        self._names += names.chunks if isinstance(names, pa.ChunkedArray) else [names]
+
+    def check(self) -> None:
+        """ValueError: one has come twice, of all so far."""
+        names = pa.chunked_array(self._names, pa.string())
+        if pc.all(pc.greater(names[1:], names[:-1])).as_py():
+            return  # in order, which is seen in a hundredth of the time
+        twice = len(names) - names.null_count - pc.count_distinct(names).as_py()
+        if twice > 0:
+            counts = pc.value_counts(names.drop_null())
+            name = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
+            needed = "an image is listed once, and its rows lie together"
+            raise ValueError(f"{self._side.path}: {twice} images come twice, such as {name!r}; {needed}")
 
 
 def _check_same_images(sides: tuple[StoredRows, ...], images: list[pa.ChunkedArray], start: int) -> None:
@@ -79,7 +110,7 @@ def _check_same_images(sides: tuple[StoredRows, ...], images: list[pa.ChunkedArr
 
 
 def _check_one_row_per_image(side: StoredRows, items: pa.Table, start: int) -> None:
-    """Neighbours of one image are different tokens of it; an image that is listed twice has the same token twice."""
+    """Neighbours of one image are different tokens of it, which can be pooled; else it is listed twice."""
     before, after = items.slice(0, max(len(items) - 1, 0)), items.slice(1)
     same_image = pc.equal(before["image"], after["image"])
     found = pc.index(pc.and_(same_image, pc.not_equal(before["token"], after["token"])).fill_null(False), True).as_py()

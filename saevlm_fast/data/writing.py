@@ -124,6 +124,7 @@ class StoreWriter(ABC):
         new = number >= 0 and number not in self.done
         require(new, f"number is {number}; needed: one from 0 up that is not on the disk yet")
         self._check_open()
+        self._check_alone()
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
         table = _item_table(items, n_rows)
@@ -141,6 +142,11 @@ class StoreWriter(ABC):
     def _check_open(self) -> None:
         require(not self.complete, f"{self.path}: the store is complete; rows can no longer be added")
 
+    def _check_alone(self) -> None:
+        """ValueError: the store is not as this writer left it."""
+        if self.part is None and read_index(self.path) != self._index:
+            raise ValueError(f"{self.path}: another process or thread has written to it; resume the store to go on")
+
     def _save(self, index: StoreIndex) -> None:
         write_index_file(self.path / ("index.json" if self.part is None else part_name(self.part)), index)
         self._index = index
@@ -148,6 +154,7 @@ class StoreWriter(ABC):
     def close(self) -> None:
         """Declares the store complete (a part: merge_parts does that)."""
         if not self.complete and self.part is None:
+            self._check_alone()
             self._save(_completed(self.path, self._index))
 
     def __enter__(self: Writer) -> Writer:
@@ -327,6 +334,9 @@ def _item_table(items: Items, n_rows: int) -> pa.Table:
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
     try:
+        token: Any = columns["token"]
+        arrow = isinstance(token, pa.Array | pa.ChunkedArray)
+        columns["token"] = (token if arrow else pa.array(token)).cast(pa.int32())  # which refuses parts of numbers
         return pa.table(columns, schema=schema)
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise ValueError(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes, mean_pool_codes
+from saevlm_fast.data.pairing import ImagesOnce
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks
 from saevlm_fast.scoring.source import Pool
@@ -79,8 +79,9 @@ def image_table(rows: Activations | StoredCodes) -> ImageTable:
         tokens.append(table["token"].to_numpy())
         first, last = first + len(table), images[-1].as_py()
     found = pa.concat_arrays(ids)
-    twice = len(found) - pc.count_distinct(found).as_py()
-    require(twice == 0, f"{rows.path}: {twice} images come twice; the rows of an image must lie together")
+    once = ImagesOnce(rows)
+    once.add(found)
+    once.check()
     offsets_N1 = np.concatenate([*starts, [first]]).astype(np.int64)
     return ImageTable(offsets_N1, np.concatenate(tokens).astype(np.int32), found, pa.concat_arrays(labels))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import Rows, StoredCodes, as_rows, pool_codes
-from saevlm_fast.data.pairing import check_sides, checked_ids
+from saevlm_fast.data.pairing import ImagesOnce, check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
 from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.peers import Peers, in_step, rows_of_share
@@ -174,9 +174,12 @@ class ScoredImages:
 
         Args:
             beside: rows of the same number.
+
+        Raises:
+            ValueError: rows of one image that do not lie together, once all are read.
         """
         items = self.activations.item_chunks(self.batch_rows, rows=self.rows)
-        waiting, names = None, pa.array([], pa.string())
+        waiting, names, once = None, pa.array([], pa.string()), ImagesOnce(self.activations)
         with ExitStack() as stack:
             others: Iterator[tuple[int, Tensor | None]] = repeat((0, None))
             if beside is not None:
@@ -188,10 +191,13 @@ class ScoredImages:
                 starts = image_starts(names)
                 last = int(starts[-1])
                 if len(starts) > 1:
+                    once.add(names.take(starts[:-1]))
                     yield rows_between(rows, 0, last), starts, names.take(starts[:-1]), _rows(other, 0, last)
                 waiting = rows_between(rows, last, len(names)), _rows(other, last, len(names))
                 names = names[last:]
         if waiting is not None:
+            once.add(names[:1])
+            once.check()
             yield waiting[0], np.array([0, len(names)]), names[:1], waiting[1]
 
     def _pool(self, rows: SparseCodes | Tensor, starts: np.ndarray) -> SparseCodes | Tensor:

@@ -125,6 +125,8 @@ def test_items_may_come_as_a_table_without_labels(tmp_path):
         (rows_of(2), {"image": ["a", "b"]}, r"columns \['image'\]; needed: image, token"),
         (rows_of(2), {"image": ["a", "b"], "token": ["x", "y"]}, "items do not fit"),
         (rows_of(2), {"image": ["a", "\udcff"], "token": [0, 0]}, "items do not fit"),
+        (rows_of(2), {"image": ["a", "b"], "token": [0.0, 1.2]}, "items do not fit.*1.2"),
+        (rows_of(2), {"image": ["a", "b"], "token": torch.tensor([0.7, 1.0])}, "items do not fit"),
         (rows_of(2) * torch.inf, items_of(0, 2), "row 0, column 0 is"),
         (rows_of(2) * 1e6, items_of(0, 2), "shard-00000.safetensors as float16: row 0, column 0 is -?inf"),
     ],
@@ -139,6 +141,21 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
     with pytest.raises(ValueError, match=message):
         write()
     assert read_index(tmp_path / "s").n_rows == 0
+
+
+def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):
+    writer = ActivationWriter(tmp_path / "s", 5, torch.float32, SOURCE, 4)
+    writer.append(rows_of(4), items_of(0, 4))
+    late, other = (ActivationWriter.resume(tmp_path / "s", 4) for _ in range(2))
+    other.append(rows_of(4), items_of(4, 8))
+    with pytest.raises(ValueError, match="another process or thread has written to it; resume the store to go on"):
+        late.append(rows_of(4), items_of(8, 12))
+    other.close()
+    for behind in (late, writer):
+        with pytest.raises(ValueError, match="another process or thread has written to it"):
+            behind.close()
+    assert open_activations(tmp_path / "s").items()["image"].to_pylist() == items_of(0, 8)["image"]
+    assert verify(tmp_path / "s").n_rows == 8
 
 
 def test_the_writer_refuses_bad_arguments(tmp_path):

@@ -1,11 +1,14 @@
 """Files of labels and taxonomies: every kind is read, and what is wrong with one is said in one line."""
 
+import warnings
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from saevlm_fast.data.label_sets import LabelSet
+from saevlm_fast.errors import Doubt
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,37 @@ def test_labels_of_a_parquet_file(tmp_path):
     kind, number = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
     assert (kind.names, kind.labels_M.tolist(), kind.known_N.tolist()) == (("a", "b"), [0, 1], [True, True, False])
     assert number.names == ("1", "2", "3")
+
+
+def test_a_number_that_is_none_is_no_label(tmp_path):
+    import pyarrow as pa
+
+    from saevlm_fast.data.label_sets import read_labels
+
+    columns = {"image": ["x", "y", "z"], "n": pa.array([np.nan, 0.0, 1.0]), "text": ["nan", "a", "b"]}
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    number, text = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
+    assert (number.names, number.labels_M.tolist(), number.known_N.all()) == (("0.0", "1.0"), [0, 1], True)
+    assert text.names == ("a", "b", "nan")
+
+
+def test_an_empty_label_is_none():
+    found = LabelSet.of(["", "a", ["", "b"], None])
+    assert (found.names, found.known_N.tolist()) == (("a", "b"), [True, True, True, False])
+    assert np.diff(found.offsets_N1).tolist() == [0, 1, 1, 0]
+
+
+def test_ids_that_match_only_in_part_are_told(tmp_path):
+    from saevlm_fast.data.label_sets import read_labels
+
+    (tmp_path / "l.csv").write_text("image,a\nx,1\n/data/y,2\n/data/z,2\n")
+    with pytest.warns(Doubt, match="1 of 3 images are in it, and 2 of its lines are of none, such as '/data/y'"):
+        read_labels(tmp_path / "l.csv", ["x", "y", "z"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_labels(tmp_path / "l.csv", ["x"])  # a part of the images that are labelled
+        (tmp_path / "l.csv").write_text("image,a\nx,1\n")
+        read_labels(tmp_path / "l.csv", ["x", "y", "z"])  # labels of a part
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from true_scores import assert_scores
 
+import saevlm_fast as sf
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
@@ -114,9 +115,21 @@ def test_several_rows_of_an_image_are_refused(tmp_path, batch_rows, side):
         score_stores(several, write_ids(tmp_path / "one", ["a", "b", "c", "d"]))
 
 
-def test_an_image_listed_twice_is_two_images(tmp_path):
-    twice = write_ids(tmp_path / "x", ["a", "a", "b"])
-    assert score_stores(twice, twice).n_images == 3
+@pytest.mark.parametrize("batch_rows", [1, 2, 100])
+@pytest.mark.parametrize("ids", ["aab", "aba", "cbac", "bacdba"])
+def test_an_image_listed_twice_is_refused(ids, batch_rows, tmp_path):
+    """Beside a matrix, which has no ids, and pooled too unless its rows lie together."""
+    x = write_ids(tmp_path / "x", list(ids))
+    e = torch.randn(len(ids), 4)
+    with pytest.raises(ValueError, match=r"x: \d images come twice, such as '.'; an image is listed once"):
+        score_stores(x, e, batch_rows=batch_rows)
+    with pytest.raises(ValueError, match="images come twice"):
+        sf.top_images(x, [0], 2, batch_rows=batch_rows)
+    if ids != "aab":
+        with pytest.raises(ValueError, match="images come twice"):
+            score_stores(x, e, pool="max", batch_rows=batch_rows)
+        with pytest.raises(ValueError, match="images come twice"):
+            sf.trusted_score(x, e, pool="mean", batch_rows=batch_rows)
 
 
 def test_different_numbers_of_rows(tmp_path):
