@@ -236,7 +236,7 @@ def test_weights_that_are_made_of_others(made, tmp_path):
     torch.testing.assert_close(opened(x_SD), expected)
     torch.testing.assert_close(opened(x), sae(x))
     for write in (sae.reset_parameters, lambda: sae.scale_biases_(2.0), lambda: Stepper(sae, sf.TrainConfig())):
-        with pytest.raises(ValueError, match="sae: [Wb]_(enc|dec) is parametrised or pruned"):
+        with pytest.raises(ValueError, match=r"sae: [Wb]_(enc|dec) is parametrised or pruned"):
             write()
 
 
