@@ -91,6 +91,10 @@ class Op(Generic[P, R]):
         """As torch.library.register_autograd."""
         self._op.register_autograd(exactly(backward), setup_context=setup_context)
 
+    def register_vmap(self, rule: Callable[..., Any]) -> None:
+        """As torch.library.register_vmap; without it torch.vmap calls the op once for every part."""
+        self._op.register_vmap(rule)
+
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Decorates the function of an op for CUDA tensors."""

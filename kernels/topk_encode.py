@@ -326,5 +326,13 @@ def encode_gradients(
     return grad_x_BD, grad_W_DS, grad_b_enc_S if needed[2] else None, grad_b_dec_D
 
 
+def _refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    raise NotImplementedError(
+        "torch.vmap: parts have as many entries as fire, each another number; rows go as [B, d_in]"
+    )
+
+
+for _ragged in (batch_topk_encode_op, threshold_encode_op, latent_threshold_encode_op):
+    _ragged.register_vmap(_refuse_vmap)
 for _op in (topk_encode_op, batch_topk_encode_op, threshold_encode_op, latent_threshold_encode_op):
     _op.register_autograd(_backward, setup_context=_save_for_backward)

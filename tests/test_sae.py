@@ -136,6 +136,16 @@ def test_what_is_not_dense_is_named(layout):
             function(x)
 
 
+def test_vmap_is_refused_where_parts_differ_in_their_entries(architecture):
+    sae, x = make(architecture), torch.randn(4, 3, 13)
+    for mode in (True, False):
+        if architecture == "topk":
+            torch.testing.assert_close(torch.vmap(sae.train(mode))(x), sae(x))
+        else:
+            with pytest.raises(NotImplementedError, match=r"torch\.vmap: parts have as many entries as fire"):
+                torch.vmap(sae.train(mode))(x)
+
+
 def test_another_device_is_named():
     for function in (make().encode, make().pre_activations):
         with pytest.raises(ValueError, match="x: on meta, the SAE is on cpu"):
