@@ -231,7 +231,10 @@ def test_one_file_holds_everything(planted, tmp_path):
     assert "script-src 'sha256-" in text
     assert {path.name for path in tmp_path.iterdir()} == {"one.html", "one.html.settings.toml"}
     assert "already exists; --force replaces it" in run(*words(planted, tmp_path / "one.html", "--single-file"), code=2)
-    assert "ends in .html with --single-file" in run(*words(planted, tmp_path / "two.html"), code=2)
+    said = run(*words(planted, tmp_path / "two.html"), code=2)
+    assert f"output: '{tmp_path}/two.html' ends in .html: without --single-file it is a folder" in said
+    said = run(*words(planted, tmp_path / "two", "--single-file"), code=2)
+    assert f"output: with --single-file it ends in .html: '{tmp_path}/two' does not" in said
     large = SparseAutoencoder(SAEConfig(12, 2001, 3, "topk"))
     large.save_pretrained(tmp_path / "large")
     said = run("report", "--sae", tmp_path / "large", "--activations", planted / "store", "--single-file", "--output",
