@@ -137,7 +137,8 @@ def test_demo(tmp_path):
 
 def test_demo_dry_run(tmp_path):
     text = run("demo", "--dry-run")
-    for part in ("dry run: scenes, three SAEs", "3 of 128 -> 512, 150 steps together", "training all steps", "memory leaves out"):
+    sizes = "3 of 128 -> 512, 150 steps together"
+    for part in ("dry run: scenes, three SAEs", sizes, "training all steps", "memory leaves out"):
         assert part in text
     assert files_below(tmp_path) == {}
 
