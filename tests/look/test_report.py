@@ -242,6 +242,21 @@ def test_one_file_holds_everything(planted, tmp_path):
     assert "single_file: 2,001 latents, at most 2,000" in said
 
 
+def test_what_the_pages_lack_is_told_with_the_reason(planted, tmp_path):
+    store = open_activations(planted / "store")
+    rows = torch.cat([x for _, x in store.chunks(1000)])
+    np.save(tmp_path / "rows.npy", rows[:40].numpy())
+    files = "--sae", planted / "sae", "--activations", tmp_path / "rows.npy", "--images", "none", "--device", "cpu"
+    said = run("report", *files, "--output", tmp_path / "r")
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert lines == [
+        "left out: heat maps: the rows have no token positions (a matrix file)",
+        "left out: MS: no --embeddings",
+        "left out: names: no --text-model (with --embeddings) and no --names",
+    ]
+    assert len(run_json("report", *files, "--output", tmp_path / "again")["left_out"]) == 3
+
+
 def test_missing_images_are_counted(planted, tmp_path):
     (tmp_path / "others").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "others" / "unknown.png")
