@@ -15,6 +15,8 @@ from saevlm_fast.settings import setting
 if TYPE_CHECKING:
     from saevlm_fast.steering.answers import SteeredAnswers
 
+BESIDE_WEIGHTS = "the program and what a forward takes"  # of the memory of a dry run
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerArguments(WorkOptions):

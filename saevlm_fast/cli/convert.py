@@ -138,7 +138,7 @@ def _said(options: ConvertArguments, opened: Opened, files: list[str]) -> dict[s
     plain = opened.plain
     print_pairs(
         [
-            ("format", opened.format),
+            ("read as", opened.format),
             ("activation", plain.activation),
             ("d_in -> d_sae", f"{plain.d_in:,} -> {plain.d_sae:,}"),
             ("k", "not known" if plain.k is None else str(plain.k)),

@@ -79,7 +79,9 @@ def plan(options: DemoArguments) -> Plan:
     figures = {
         "scenes": n_scenes,
         "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.n_steps:,} steps together",
-        **memory_figures(device, most_memory_of(sae, config, N_SCENES["train"], device)),
+        **memory_figures(
+            device, most_memory_of(sae, config, N_SCENES["train"], device), without="the program and the models"
+        ),
         **disk_figures(options.output, 3 * training_disk(sae)),
         **{f"training_{name}": value for name, value in timed.items()},
         "time_of_harvest_scores_and_steering": "not estimated",

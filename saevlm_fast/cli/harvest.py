@@ -19,7 +19,7 @@ from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings, RunOptions
-from saevlm_fast.errors import require
+from saevlm_fast.errors import goes_on, require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
 
@@ -236,7 +236,8 @@ def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None
         say(_sentence(options, source, tower))
         _tell_notes(source)
         _warn_of_mismatch(config, tower)
-    with HarvestBar(ranks.rank, ranks.world) as bar:
+    again = "continue with the same command and --resume" + (" in place of --force" if options.force else "")
+    with goes_on(again), HarvestBar(ranks.rank, ranks.world) as bar:
         summary = run_harvest(source, tower, config, engine, ranks=ranks, on_images=bar.on_images)
     if ranks.rank != 0:
         return None

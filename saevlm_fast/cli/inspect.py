@@ -17,7 +17,9 @@ from saevlm_fast.settings import setting
 class InspectArguments(Options):
     """Options of `saevlm-fast inspect`."""
 
-    path: Path = setting(help="Store, SAE, run, matrix file, or folder of such (a harvest's output).", positional=True)
+    path: Path = setting(
+        help="Store, SAE, run, matrix file, or folder of stores, SAEs and runs (a harvest's output).", positional=True
+    )
     verify: bool = setting(False, help="Read everything: every checksum, every weight or row finite.")
 
 

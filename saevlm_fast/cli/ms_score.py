@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 
 _ROW_BYTES = 160  # of a scores table, at most
+_BESIDE_SUMS = "the program, the SAE and the rows at hand"
 _SCENES = Path("the box's scenes")  # where a dry run does not harvest them
 
 
@@ -77,7 +78,11 @@ class ScoreArguments(WorkOptions):
     pool: Literal["none", "max", "mean"] = setting(
         "none", help="Rows of one image in a store are pooled; none: there is one row an image."
     )
-    one_pass: bool = setting(False, help="Scores alone: no intervals, no null, half the memory, a third of the time.")
+    one_pass: bool = setting(
+        False,
+        help="Scores alone: no intervals, no null, half the memory. The sums take a third of the time, the whole "
+        "command .7 to .9 of it (docs/how-to/score.md).",
+    )
     controls: int = setting(
         0,
         help="Untrained SAEs of the same L0, each of another seed, scored beside it and compared at the same number of "
@@ -114,7 +119,7 @@ class ScoreArguments(WorkOptions):
         self._check_variant()
         elsewhere = self.sae is not None and is_remote(self.sae)
         must = self.output is not None or not (self.raw or self.codes is not None or elsewhere)
-        require(must, "output: needed with --raw, --codes and an SAE of the Hub")
+        require(must, "output: needed with --raw, --codes or an SAE of the Hub")
 
     def _check_variant(self) -> None:
         if self.variant != "paper":
@@ -239,6 +244,13 @@ class Opened:
             return self.sae.config.d_sae
         return getattr(self.rows, "d_sae", 0) or getattr(self.rows, "d", 0)
 
+    def n_images(self, options: ScoreArguments) -> int:
+        """How many images a pass counts: its rows, or the images that neighbouring rows are of."""
+        from saevlm_fast.scoring.source import count_images
+
+        several = (options.pool != "none" or options.variant == "patch") and self.rows.has_items
+        return count_images(self.rows, range(self.rows.n_rows)) if several else self.rows.n_rows
+
     @property
     def digests(self) -> dict[str, Any]:
         """Of all that is read."""
@@ -319,21 +331,21 @@ def plan(options: ScoreArguments) -> Plan:
     stopwatch, start = Stopwatch(), time.perf_counter()
     with suppress(Enough):
         opened.score(options, stopwatch)
-    a_row = stopwatch.seconds_each
+    an_image, tried = stopwatch.seconds_each, time.perf_counter() - start
     # What is stopped within the first pass cannot say how long the second takes.
     as_first_ones = (1 + options.second_pass) * (1 + options.controls)
-    seconds = as_first_ones * (time.perf_counter() - start if a_row is None else a_row * n) / n_processes()
+    n_images = opened.n_images(options)
+    seconds = as_first_ones * (tried if an_image is None else an_image * n_images) / n_processes()
     rbf = options.similarity == "rbf"  # gathers first; what follows, over pairs of images, is not timed
-    sums = (
-        4 * n * width if rbf else 8 * n_latents * width * (2 * (1 + options.controls) if options.in_two_passes else 1)
-    )
+    n_sums = 2 * (1 + options.controls) if options.in_two_passes else 1
+    sums = 4 * n_images * width if rbf else 8 * n_latents * width * n_sums
     return Plan(
         f"Monosemanticity Score ({options.similarity}) of {n_latents:,} {sources.name}",
         {
             "rows": n,
             "latents": n_latents,
             "embedding_width": width,
-            **memory_figures(opened.device, sums),
+            **memory_figures(opened.device, sums, without=_BESIDE_SUMS),
             **disk_figures(sources.output, _ROW_BYTES * n_latents),
             "gathering_seconds" if rbf else "time_seconds": seconds,
         },
@@ -354,7 +366,7 @@ def _plan_of_scenes(options: ScoreArguments, sources: Sources) -> Plan:
             "rows": N_SCENES["test"],
             "latents": n_latents,
             "embedding_width": projected,
-            **memory_figures(resolve_device(options.device), 8 * n_latents * projected),
+            **memory_figures(resolve_device(options.device), 8 * n_latents * projected, without=_BESIDE_SUMS),
             **disk_figures(sources.output, _ROW_BYTES * n_latents),
             "time": "not estimated: the scenes may have to be harvested",
         },
@@ -388,7 +400,8 @@ def _ms_score(options: ScoreArguments, sources: Sources, peers: "Peers | None") 
     if peers is not None:
         check_same_data(peers, opened.digests)
     passes = (1 + options.controls) * (2 if options.second_pass else 1)
-    with Bar("score", passes * opened.rows.n_rows, "images") as bar:
+    total = passes * opened.n_images(options) if leads(peers) else None
+    with Bar("score", total, "images") as bar:
         scored = opened.score(options, bar.update, peers)
     if not leads(peers):
         return None

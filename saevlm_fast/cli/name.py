@@ -142,7 +142,8 @@ def _told(options: NameArguments, named: "Named") -> dict[str, Any]:
     say(
         f"{len(own):,} of {len(named.names):,} latents have a name of their own; {silent:,} have no direction at all.",
         f"Control: {len(scores):,} directions of the same activations on other images; their best words score "
-        f"{control:.3f} (median), one in {1 / CHANCE:.0f} above {named.floor:.3f}: below that a name is none.",
+        f"{control:.3f} (median). Words that score below {named.floor:.3f} are no name: one control in "
+        f"{1 / CHANCE:.0f} scores above it.",
         f"wrote {options.output}",
     )
     return {

@@ -225,8 +225,8 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         return
     say(f"dry run: {plan.what}")
     print_pairs((_label(name), _figure(name, value)) for name, value in plan.figures.items() if value is not None)
-    tried = "a time and a forward's memory are" if "a_forward_bytes" in plan.figures else "a time is"
-    say(f"Memory and disk are by arithmetic; {tried} from a short trial, where none is said to be arithmetic.")
+    tried = "Times and a forward's memory" if "a_forward_bytes" in plan.figures else "Times"
+    say(f"Memory and disk are calculated. {tried} come from a short trial, unless their line says otherwise.")
 
 
 def _label(name: str) -> str:

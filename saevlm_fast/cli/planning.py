@@ -57,15 +57,19 @@ def replaced_figures(output: Path, force: bool) -> dict[str, Any]:
     return {"replaces": f"{output}, which stays until the new is whole"} if there else {}
 
 
-def memory_figures(device: "torch.device", needed: int, free: int | None = None) -> dict[str, Any]:
+def memory_figures(
+    device: "torch.device", needed: int, free: int | None = None, *, without: str | None = None
+) -> dict[str, Any]:
     """What it takes in memory, which is arithmetic, and what is free; with a warning if that is less.
 
     free: before any of what is needed was loaded, where some is by now; it would count twice.
+    without: what comes on top and is not counted.
     """
     free = free_memory(device) if free is None else free
     figures: dict[str, Any] = {"device": str(device), "memory_bytes": needed, "free_memory_bytes": free}
     if free is None:
         figures.pop("free_memory_bytes")
+    figures |= {} if without is None else {"memory_leaves_out": without}
     return figures | ({"memory_warning": "not enough is free"} if free is not None and needed > free else {})
 
 

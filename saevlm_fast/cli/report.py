@@ -86,6 +86,8 @@ def _told(made: "Made", options: ReportArguments) -> dict[str, Any]:
         warn(
             f"{made.n_missing:,} of {made.n_images:,} images are missing, shown as placeholders; --images re-roots them"
         )
+    for name, why in made.left_out.items():
+        say(f"left out: {name}: {why}")
     page = options.output if options.single_file else options.output / "index.html"
     say(f"{made.n_latents:,} latents, {made.n_images:,} images, {made.n_bytes / 1e6:.1f} MB; open {page}")
     return {
@@ -95,4 +97,5 @@ def _told(made: "Made", options: ReportArguments) -> dict[str, Any]:
         "images": made.n_images,
         "missing": made.n_missing,
         "bytes": made.n_bytes,
+        "left_out": made.left_out,
     }

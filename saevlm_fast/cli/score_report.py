@@ -105,8 +105,8 @@ def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
         say(f"no latent has a defined score ({summary.n_images:,} images)")
         return
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
-        listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
-        say(f"{label} latents  {listed}")
+        listed = "  ".join(f"{latent}: {value:.3f} ({int(scores.n_active[latent]):,})" for latent, value in extremes)
+        say(f"{label} latents (images it fires on)  {listed}")
 
 
 def _certainty_rows(summary: "TrustSummary") -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Column
 
-from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
+from saevlm_fast.cli.answers import BESIDE_WEIGHTS, AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import free_memory, memory_figures
 from saevlm_fast.cli.terminal import Bar, print_table
@@ -88,7 +88,7 @@ def plan(options: SteerArguments) -> Plan:
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
             "image": f"{picture.width} x {picture.height}",
-            **memory_figures(device, weight_bytes(answerer), free),
+            **memory_figures(device, weight_bytes(answerer), free, without=BESIDE_WEIGHTS),
             "time_seconds": seconds * n,
         },
     )

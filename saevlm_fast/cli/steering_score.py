@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
+from saevlm_fast.cli.answers import BESIDE_WEIGHTS, AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, memory_figures
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
@@ -132,7 +132,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
             "images_asked_about": n_asked,
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
-            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer), free),
+            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer), free, without=BESIDE_WEIGHTS),
             **disk_figures(options.output, _ROW_BYTES * len(latents)),
             "an_answer_seconds": seconds,
             "all_answers_seconds": seconds * n,

@@ -53,7 +53,7 @@ class Watcher(Protocol):
 
 
 class Made(NamedTuple):
-    """What a report shows: its files' bytes, images shown and missing, latents."""
+    """What a report shows: its files' bytes, images shown and missing, latents. left_out: of what it lacks, why."""
 
     output: Path
     n_bytes: int
@@ -61,6 +61,7 @@ class Made(NamedTuple):
     n_missing: int
     n_latents: int
     problem: str | None
+    left_out: dict[str, str]
 
 
 def check_report_output(settings: ReportSettings) -> None:
@@ -170,7 +171,24 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
         tell(1)
     n_bytes = sum(file.stat().st_size for name in PARTS for file in (place / name).rglob("*") if file.is_file())
     missing = len(images.missing) if images.wanted else 0
-    return Made(place, n_bytes, len(tiles), missing, n_latents, images.problem if images.wanted else None)
+    problem = images.problem if images.wanted else None
+    return Made(place, n_bytes, len(tiles), missing, n_latents, problem, _left_out(settings, inputs, panels))
+
+
+def _left_out(settings: ReportSettings, inputs: Inputs, panels: list[Panel]) -> dict[str, str]:
+    found, own = dict[str, str](), range(len(settings.sae))
+    why = {panel.looked.grid: None for panel in panels if isinstance(panel.looked.grid, str)}
+    if why:
+        found["heat maps"] = "; ".join(map(str, why))
+    if inputs.embeddings is None and any(not _scored(inputs.scores[i]) for i in own):
+        found["MS"] = "no --embeddings"
+    if settings.text_model is None and any(inputs.names[i] is None for i in own):
+        found["names"] = "no --text-model (with --embeddings) and no --names"
+    return found
+
+
+def _scored(scores: pa.Table | None) -> bool:
+    return scores is not None and "ms" in scores.column_names
 
 
 def _write_one(path: Path, title: str, panels: list[Panel], index: dict[str, Any], tiles: Tiles, place: Path) -> None:
@@ -188,7 +206,7 @@ def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: 
         work_on = partial(look_at, subject, work, settings, inputs.taxonomy)
         looked, codes = work_on(bars.begin)
         scores, names = inputs.scores[i], inputs.names[i]
-        if scores is None or "ms" not in scores.column_names:
+        if not _scored(scores):
             found = {} if inputs.embeddings is None else image_scores(codes, inputs.embeddings, bars.begin("score"))
         else:
             found = {}

@@ -76,8 +76,10 @@ class ReportSettings(Settings):
             require(n in (0, len(self.sae)), f"{name}: {n} given for {len(self.sae)} SAEs; one each, or none")
         controlled = self.control_sae is None or self.activations is not None
         require(controlled, "activations: needed with --control-sae, whose codes are made from them")
-        suffix = self.output.suffix == ".html"
-        require(suffix == self.single_file, f"output: {self.output} ends in .html with --single-file, and only then")
+        as_file = self.output.suffix == ".html"
+        name = repr(str(self.output))
+        require(as_file or not self.single_file, f"output: with --single-file it ends in .html: {name} does not")
+        require(self.single_file or not as_file, f"output: {name} ends in .html: without --single-file it is a folder")
         require(
             self.text_model is None or self.embeddings is not None,
             "embeddings: needed with --text-model, for names are near images",

@@ -46,7 +46,7 @@ def test_to_every_format_and_back(ae, tmp_path, to):
     assert {path.rpartition("/")[2] for path in found["files"]} <= set(FILES)
     assert run_json("inspect", tmp_path / "out")["format"] == to
     run("inspect", tmp_path / "out", "--verify")
-    run("convert", tmp_path / "out", tmp_path / "back", "--force")
+    assert f"read as  {' ' * 7}{to}" in run("convert", tmp_path / "out", tmp_path / "back", "--force")
     assert (tmp_path / "back" / "settings.toml").is_file()
     assert torch.equal(read(tmp_path / "back").W_enc, read(ae).W_enc)
 

@@ -11,6 +11,7 @@ import torch
 
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder
 from small_world import CALLS, spelled
 from tiny_tower import WIDTH, save_clip, save_photos
@@ -48,6 +49,17 @@ def commands(data, sae, pictures, output):
 NAMES = ("synthetic", "train", "ms-score", "harvest", "codes")
 
 
+@pytest.mark.parametrize(("more", "again"), [((), "and --resume"), (("--force",), "and --resume in place of --force")])
+def test_an_interrupted_harvest_says_how_it_goes_on(data, sae, pictures, tmp_path, monkeypatch, more, again):
+    def interrupted(*given, **options):
+        raise Interrupted("interrupted; continue with --resume --output X")
+
+    monkeypatch.setattr("saevlm_fast.harvesting.run.harvest", interrupted)
+    words = commands(data, sae, pictures, tmp_path / "out")["harvest"]
+    said = run(*words, *more, code=130).splitlines()[-1]
+    assert said == f"interrupted; continue with the same command {again}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(name, data, sae, pictures, tmp_path):
     words = commands(data, sae, pictures, tmp_path / "out")[name]
@@ -55,6 +67,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(name, data, sae, p
     text = run(*words, "--dry-run")
     for part in ("dry run: ", "memory", "disk", "free disk", " s "):
         assert part in text
+    assert "Memory and disk are calculated. Times " in text
+    assert ("memory leaves out" in text) == (name == "ms-score")
     figures = run_json(*words, "--dry-run")
     assert figures["dry_run"] is True
     assert figures["disk_bytes"] > 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from command import run
+from saevlm_fast.cli.terminal import Bar
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -24,6 +26,8 @@ def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
     for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
         assert word in text
     table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    best = text.split("best latents (images it fires on)  ")[1].split()
+    assert best[1:3] == [f"{table['ms'][int(best[0][:-1])]:.3f}", f"({table['n_active'][int(best[0][:-1])]:,})"]
     plain = ["latent", "ms", "status", "n_active", "max_activation"]
     more = ["corrected", "n_eff", "se", "ms_low", "ms_high", "null_sd", "z", "p", "above_null"]
     assert list(table) == plain + more
@@ -39,6 +43,42 @@ def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
         torch.tensor(table["ms"], dtype=torch.float64), expected, equal_nan=True, atol=1e-9, rtol=0
     )
     assert table["n_active"] == (dense > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--pool", "max"),
+        ("--pool", "mean", "--one-pass"),
+        ("--pool", "max", "--controls", 2),
+        ("--pool", "max", "--variant", "visaebench"),
+        ("--variant", "patch"),
+        ("--variant", "patch", "--one-pass"),
+    ],
+)
+def test_the_bar_counts_images_and_ends_full(sae, tmp_path, monkeypatch, more):
+    """Of a store with three rows an image."""
+    x_BD, e_BE = torch.randn(90, 32), torch.randn(90, 6)
+    items = {"image": [f"{i // 3}" for i in range(90)], "token": [0, 1, 2] * 30}
+    for name, rows in (("x", x_BD), ("patches", e_BE)):
+        with ActivationWriter(tmp_path / name, rows.shape[1], torch.float32, {}, 40) as writer:
+            writer.append(rows, items)
+    np.save(tmp_path / "e.npy", e_BE[:30].numpy())
+    seen = []
+
+    class Watched(Bar):
+        def update(self, done, *more):
+            seen.append((done, self.total))
+            super().update(done, *more)
+
+    monkeypatch.setattr("saevlm_fast.cli.ms_score.Bar", Watched)
+    embeddings = tmp_path / ("patches" if "patch" in more else "e.npy")
+    files = "--sae", sae, "--activations", tmp_path / "x", "--embeddings", embeddings
+    run("ms-score", *files, "--output", tmp_path / "s.parquet", "--batch-size", 12, *more)
+    done = [number for number, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1]
+    assert done[-1] == 30 * {"--controls": 6, "--one-pass": 1}.get(more[2] if len(more) > 2 else "", 2)
 
 
 def test_one_image_has_no_best_latents(tmp_path):

@@ -94,7 +94,7 @@ def test_the_latest_run_is_the_one_that_ended_last(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--raw"], ["--codes", "c", "--embeddings", "e"]])
 def test_scores_without_an_sae_need_an_output(arguments):
-    assert "output: needed with --raw, --codes and an SAE of the Hub" in run("ms-score", *arguments, code=2)
+    assert "output: needed with --raw, --codes or an SAE of the Hub" in run("ms-score", *arguments, code=2)
 
 
 def test_demo(tmp_path):
@@ -137,7 +137,8 @@ def test_demo(tmp_path):
 
 def test_demo_dry_run(tmp_path):
     text = run("demo", "--dry-run")
-    for part in ("dry run: scenes, three SAEs", "3 of 128 -> 512, 150 steps together", "training all steps"):
+    sizes = "3 of 128 -> 512, 150 steps together"
+    for part in ("dry run: scenes, three SAEs", sizes, "training all steps", "memory leaves out"):
         assert part in text
     assert files_below(tmp_path) == {}
 

@@ -28,6 +28,9 @@ def report(planted, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("report") / "pages"
     words = ("--sae", planted / "sae", "--activations", planted / "store", "--embeddings", planted / "embeddings")
     text = run("report", *words, "--output", output, "--device", "cpu")
+    assert "left out: names: no --text-model (with --embeddings) and no --names" in text
+    assert "left out: heat maps" not in text
+    assert "left out: MS" not in text
     assert re.search(r"16 latents, \d+ images, .* MB; open ", text)
     return output
 

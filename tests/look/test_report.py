@@ -231,12 +231,30 @@ def test_one_file_holds_everything(planted, tmp_path):
     assert "script-src 'sha256-" in text
     assert {path.name for path in tmp_path.iterdir()} == {"one.html", "one.html.settings.toml"}
     assert "already exists; --force replaces it" in run(*words(planted, tmp_path / "one.html", "--single-file"), code=2)
-    assert "ends in .html with --single-file" in run(*words(planted, tmp_path / "two.html"), code=2)
+    said = run(*words(planted, tmp_path / "two.html"), code=2)
+    assert f"output: '{tmp_path}/two.html' ends in .html: without --single-file it is a folder" in said
+    said = run(*words(planted, tmp_path / "two", "--single-file"), code=2)
+    assert f"output: with --single-file it ends in .html: '{tmp_path}/two' does not" in said
     large = SparseAutoencoder(SAEConfig(12, 2001, 3, "topk"))
     large.save_pretrained(tmp_path / "large")
     said = run("report", "--sae", tmp_path / "large", "--activations", planted / "store", "--single-file", "--output",
                tmp_path / "x.html", code=2)  # fmt: skip
     assert "single_file: 2,001 latents, at most 2,000" in said
+
+
+def test_what_the_pages_lack_is_told_with_the_reason(planted, tmp_path):
+    store = open_activations(planted / "store")
+    rows = torch.cat([x for _, x in store.chunks(1000)])
+    np.save(tmp_path / "rows.npy", rows[:40].numpy())
+    files = "--sae", planted / "sae", "--activations", tmp_path / "rows.npy", "--images", "none", "--device", "cpu"
+    said = run("report", *files, "--output", tmp_path / "r")
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert lines == [
+        "left out: heat maps: the rows have no token positions (a matrix file)",
+        "left out: MS: no --embeddings",
+        "left out: names: no --text-model (with --embeddings) and no --names",
+    ]
+    assert len(run_json("report", *files, "--output", tmp_path / "again")["left_out"]) == 3
 
 
 def test_missing_images_are_counted(planted, tmp_path):

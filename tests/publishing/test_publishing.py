@@ -422,7 +422,7 @@ def test_a_pull_makes_the_folders_above_its_directory(hub, sae, tmp_path):
 def test_sae_options_take_a_place_on_the_hub(hub, trained, tmp_path):
     run("push", trained / "run", "me/saes")
     files = "--activations", trained / "x.npy", "--embeddings", trained / "x.npy"
-    assert "output: needed with --raw, --codes and an SAE of the Hub" in run(
+    assert "output: needed with --raw, --codes or an SAE of the Hub" in run(
         "ms-score", "--sae", "hf:me/saes", *files, code=2
     )
     found = run_json("ms-score", "--sae", "hf:me/saes", *files, "--output", tmp_path / "s.json", "--device", "cpu")

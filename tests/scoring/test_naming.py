@@ -1,5 +1,6 @@
 """Directions of latents against their definition; words of planted concepts."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from planted_codes import in_memory, write_codes
 from torch import Tensor
 
-from saevlm_fast.look.names import Pointed, Words, name_latents
+from saevlm_fast.cli.name import NameArguments, _told
+from saevlm_fast.look.names import Named, Pointed, Words, name_latents
 from saevlm_fast.scoring.monosemanticity import streamed_score
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words
+from saevlm_fast.scoring.naming import Name, latent_directions, nearest_words, read_words
 
 # --- directions ---
 
@@ -131,3 +133,13 @@ def test_read_words(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match="has no words"):
         read_words(file)
+
+
+def test_the_command_says_below_which_score_words_are_no_name(monkeypatch):
+    said = []
+    monkeypatch.setattr("saevlm_fast.cli.name.say", lambda *lines: said.extend(lines))
+    monkeypatch.setattr("saevlm_fast.cli.name.print_table", lambda *given, **more: None)
+    named = Named([[Name("red", 0.5)], []], np.array([0.0, np.nan]), 0.25, [Name("blue", 0.1)], torch.tensor([3, 0]))
+    _told(NameArguments(sae="s", activations="a", embeddings="e", text_model="hf:t", output=Path("n.csv")), named)
+    control = "Control: 1 directions of the same activations on other images; their best words score 0.100 (median). "
+    assert said[1] == f"{control}Words that score below 0.250 are no name: one control in 20 scores above it."

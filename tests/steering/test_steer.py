@@ -26,7 +26,7 @@ def test_steer_prints_controls_first(box):
 def test_steer_dry_run(box):
     before = files_below(box)
     text = steer_command(box, "--latent", "3,4", "--alpha", 10, "--dry-run")
-    for part in ("dry run: 4 answers of hf:", "memory", " s "):
+    for part in ("dry run: 4 answers of hf:", "memory", "memory leaves out", " s "):
         assert part in text
     assert "latent: 99 of an SAE whose latents are 0 to 47" in steer_command(
         box, "--latent", 99, "--alpha", 1, "--dry-run", code=2
