@@ -120,5 +120,5 @@ def _check_one_row_per_image(side: StoredRows, items: pa.Table, start: int) -> N
         count = next((i for i, image in enumerate(images) if image != images[0]), len(images))
         raise ValueError(
             f"{side.path}: {count} rows of image {images[0]!r} (from row {row}); the score needs one row per image: "
-            "harvest with --tokens cls or mean, --point pooled, or codes with --pool mean"
+            "harvest with --tokens cls or mean, --point pooled, or codes with --pool mean; ms-score pools by --pool max"
         )
