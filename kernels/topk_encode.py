@@ -327,9 +327,7 @@ def encode_gradients(
 
 
 def _refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    raise NotImplementedError(
-        "torch.vmap: parts have as many entries as fire, each another number; rows go as [B, d_in]"
-    )
+    raise NotImplementedError("torch.vmap: parts may differ in how many entries they have; rows go as [B, d_in]")
 
 
 for _ragged in (batch_topk_encode_op, threshold_encode_op, latent_threshold_encode_op):

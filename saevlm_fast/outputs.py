@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,18 @@ _POLL_SECONDS = 0.05
 _LONGEST_COMMAND = 160
 
 _held: dict[tuple[int, str], "_Held"] = {}  # by process: a fork inherits the dictionary, not the locks
-_changed = threading.Condition()  # of _held
+_of_held = threading.Lock()
+_thread = threading.local()
+
+
+def _renew() -> None:
+    """In a forked process, where the thread that holds it is not."""
+    global _of_held
+    _of_held = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
@@ -126,9 +137,9 @@ def output_lock(
 
     A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
     inherit it. It does not keep threads of one process apart, which `_held` does. A call within another of the same
-    thread has the lock already. The lock file says who holds it; it is removed in the end, and a directory that was
-    made for it, if nothing else has come into it. Beside a file, what killed writers of it left is removed first. On
-    Windows there is no lock between processes.
+    thread has that one's lock, be it a share. The lock file says who holds it; it is removed in the end, and a
+    directory that was made for it, if nothing else has come into it. Beside a file, what killed writers of it left is
+    removed first. On Windows there is no lock between processes.
 
     Args:
         output: the file or directory that is written.
@@ -144,73 +155,93 @@ def output_lock(
     output = Path(output)
     folder = output if directory else output.parent
     file = folder / LOCK_FILE if directory else output.with_name(f".{output.name}.lock")
-    patience = LOCK_SECONDS if patience is None else patience
-    key = os.getpid(), os.path.realpath(file)
-    held = _claimed(key, output, exclusive, patience, on_wait)
-    makes = directory or parents
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if makes else []
+    waiting = _Waiting(time.monotonic() + (LOCK_SECONDS if patience is None else patience), on_wait)
+    key, me, mine = (os.getpid(), os.path.realpath(file)), _this_thread(), list[_Held]()
     try:
+        held = _claimed(key, me, mine, output, exclusive, waiting)
         if held.lock is None:
-            held.lock = _taken(output, file, makes, exclusive, patience, on_wait)
+            makes = directory or parents
+            held.made = [path for path in (folder, *folder.parents) if not path.exists()] if makes else []
+            held.lock = _taken(output, file, makes, exclusive, waiting)
             if not directory and exclusive:
                 remove_leftovers_of(output)
         yield held.lock
     finally:
-        _let_go(key, held, made)
+        for held in mine:
+            _let_go(key, me, held)
 
 
 @dataclass
-class _Held:
-    """Who of this process has an output, a thread once for every call; and the lock, once it is taken."""
+class _Waiting:
+    """Until when an output is waited for; who waits says so once."""
 
-    threads: list[int]
+    deadline: float
+    on_wait: Callable[[], None]
+    is_told: bool = False
+
+    def once_more(self) -> bool:
+        """After a moment; False once the time is up."""
+        if time.monotonic() >= self.deadline:
+            return False
+        if not self.is_told:
+            self.is_told = True
+            self.on_wait()
+        time.sleep(_POLL_SECONDS)
+        return True
+
+
+@dataclass(eq=False)
+class _Held:
+    """An output that threads of this process have, each once for every call: its lock, once it is taken, and the
+    directories that were made for it."""
+
+    threads: list[object] = field(default_factory=list)
     lock: Lock | None = None
+    made: list[Path] = field(default_factory=list)
+
+
+def _this_thread() -> object:
+    """Which is no other thread's; numbers of threads are used again."""
+    if not hasattr(_thread, "itself"):
+        _thread.itself = object()
+    return _thread.itself
 
 
 def _claimed(
-    key: tuple[int, str], output: Path, exclusive: bool, patience: float, on_wait: Callable[[], None]
+    key: tuple[int, str], me: object, mine: list[_Held], output: Path, exclusive: bool, waiting: _Waiting
 ) -> _Held:
-    """This thread's claim, or its share of another's. ValueError: another thread has the output for longer."""
-    me = threading.get_ident()
-
-    def is_free() -> bool:
-        held = _held.get(key)
-        return held is None or me in held.threads or (not exclusive and held.lock is not None and held.lock.shared)
-
-    with _changed:
-        if not is_free():
-            on_wait()
-        free = _changed.wait_for(is_free, patience)
-        require(free, f"output: {output} is in use by another thread of this process")
-        held = _held.setdefault(key, _Held([]))
-        held.threads.append(me)
-        return held
+    """This thread's claim, or its share of others', also put into `mine`. ValueError: another thread has the output."""
+    while True:
+        with _of_held:
+            held = _held.get(key, _Held())
+            shared = not exclusive and held.lock is not None and held.lock.shared
+            if not held.threads or me in held.threads or shared:
+                mine.append(held)
+                held.threads.append(me)
+                _held[key] = held
+                return held
+        if not waiting.once_more():
+            raise ValueError(f"output: {output} is in use by another thread of this process")
 
 
-def _let_go(key: tuple[int, str], held: _Held, made: Sequence[Path]) -> None:
-    """The last one releases the lock, before another thread may open its file: closing any ends a process's lock.
-
-    made: directories for it, which go where nothing else has come into them.
-    """
-    with _changed:
-        held.threads.remove(threading.get_ident())
+def _let_go(key: tuple[int, str], me: object, held: _Held) -> None:
+    """The last one releases the lock, before another thread may open its file: closing any ends a process's lock."""
+    with _of_held:
+        if me in held.threads:
+            held.threads.remove(me)
         if held.threads:
             return
         try:
             if held.lock is not None:
                 held.lock.release()
-            with suppress(OSError):  # what is not empty stays
-                for path in made:
-                    path.rmdir()
         finally:
-            del _held[key]
-            _changed.notify_all()
+            _held.pop(key, None)
+            with suppress(OSError):  # what is not empty stays
+                for path in held.made:
+                    path.rmdir()
 
 
-def _taken(
-    output: Path, file: Path, makes: bool, exclusive: bool, patience: float, on_wait: Callable[[], None]
-) -> Lock:
-    deadline, waiting = time.monotonic() + patience, False
+def _taken(output: Path, file: Path, makes: bool, exclusive: bool, waiting: _Waiting) -> Lock:
     while True:
         try:
             if makes:
@@ -219,12 +250,8 @@ def _taken(
             if descriptor is not None or os.name == "nt":
                 return _probed(Lock(file, descriptor, not exclusive))
         except BlockingIOError as held:
-            if time.monotonic() >= deadline:
+            if not waiting.once_more():
                 raise ValueError(f"output: {output} is in use: {held.strerror}") from None
-            if not waiting:
-                on_wait()
-            waiting = True
-            time.sleep(_POLL_SECONDS)
         except OSError as error:
             where = "" if error.filename is None else f" ({error.filename})"
             raise ValueError(f"output: {output} cannot be written: {error.strerror}{where}") from error

@@ -245,6 +245,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: a wrong last dimension.
         """
+        self._make_weights()
         return self._statistics(self._checked(x))
 
     def _statistics(self, x: Tensor) -> InputStatistics | None:
@@ -439,6 +440,7 @@ def inferred(sae: SparseAutoencoder, x: Tensor) -> SparseCodes:
 
     The SAE's mode is left alone, as several threads may use it, and decides nothing unless a subclass goes by it.
     """
+    sae._make_weights()
     x = x.to(sae.b_dec)
     return sae.encode(x, use_threshold=True) if sae.config.architecture in CALIBRATED else sae.encode(x)
 

@@ -153,11 +153,11 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     number = {each: i for i, each in enumerate(ids)}
     require(header[0] not in number, f"labels: {path}: the first line is of image {header[0]!r}; a header is needed")
     found: list[list[set[str] | None]] = [[None] * len(ids) for _ in header[1:]]
-    strangers: list[str] = []
+    stranger, n_strangers = "", 0
     for identity, *cells in lines:
         image = number.get(identity)
         if image is None:
-            strangers.append(identity)
+            stranger, n_strangers = stranger or identity, n_strangers + 1
             continue
         for column, cell in zip(found, cells):
             column[image] = (column[image] or set()) | ({cell} if cell else set())
@@ -165,9 +165,9 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     example = f"such as {ids[0]!r}" if len(ids) else ""
     require(there, f"labels: {path}: no line of any of the {len(ids)} images, {example}")
     n_known = sum(each is not None for each in found[0])
-    if strangers and n_known < len(ids):
-        told = f"{n_known:,} of {len(ids):,} images are in it, and {len(strangers):,} of its lines are of none"
-        warnings.warn(f"labels: {path}: {told}, such as {strangers[0]!r}", Doubt, stacklevel=2)
+    if n_strangers and n_known < len(ids):
+        told = f"{n_known:,} of {len(ids):,} images are in it, and {n_strangers:,} of its lines are of none"
+        warnings.warn(f"labels: {path}: {told}, such as {stranger!r}", Doubt, stacklevel=2)
     return [LabelSet.of(column, name) for name, column in zip(header[1:], found)]
 
 

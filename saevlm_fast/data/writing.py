@@ -5,7 +5,8 @@ The files are described in data/store.py; codes are written in data/codes.py.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -33,12 +34,15 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, check_dense, check_kind, first_line, require, whole_number
+from saevlm_fast.errors import ActivationError, check_dense, check_kind, first_line, require, shown, whole_number
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
+from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
+_INDEX = "index.json"
+_PATIENCE_SECONDS = 60.0  # of a writer whose store another one writes to
 _OURS = re.compile(r"shard-\d{5,}\.safetensors|items-\d{5,}\.parquet|index\.part-\d+\.json")
 
 Writer = TypeVar("Writer", bound="StoreWriter")
@@ -71,7 +75,7 @@ class StoreWriter(ABC):
         check_kind("source", source, Mapping, "a mapping")
         index = StoreIndex(self.FORMAT, width, dtype, dict(source))
         _claim_directory(path, force)
-        write_index_file(path / "index.json", index)
+        write_index_file(path / _INDEX, index)
         self._start(path, index, part=None)
 
     @classmethod
@@ -92,7 +96,7 @@ class StoreWriter(ABC):
 
     def _start(self, path: Path, index: StoreIndex, part: int | None) -> None:
         self.path, self.part = path, part
-        self._index = index
+        self._index, self._written = _as_written(path) if part is None else (index, b"")
         self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
         if part is not None:
             self._index = replace(index, shards=())
@@ -124,16 +128,16 @@ class StoreWriter(ABC):
         new = number >= 0 and number not in self.done
         require(new, f"number is {number}; needed: one from 0 up that is not on the disk yet")
         self._check_open()
-        self._check_alone()
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
         table = _item_table(items, n_rows)
-        with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
-            pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
-        save_safetensors_atomic(file, tensors)
-        record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
-        shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
-        self._save(replace(self._index, shards=tuple(shards)))
+        with self._alone():
+            with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
+                pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
+            save_safetensors_atomic(file, tensors)
+            record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
+            shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
+            self._save(replace(self._index, shards=tuple(shards)))
 
     @abstractmethod
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
@@ -142,20 +146,28 @@ class StoreWriter(ABC):
     def _check_open(self) -> None:
         require(not self.complete, f"{self.path}: the store is complete; rows can no longer be added")
 
-    def _check_alone(self) -> None:
-        """ValueError: the store is not as this writer left it."""
-        if self.part is None and read_index(self.path) != self._index:
-            raise ValueError(f"{self.path}: another process or thread has written to it; resume the store to go on")
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other writer of the store in between. ValueError: it is not as this one left it."""
+        if self.part is not None:  # whose file is its own
+            yield
+            return
+        index = self.path / _INDEX
+        with output_lock(index, directory=False, patience=_PATIENCE_SECONDS):
+            as_left = index.read_bytes() == self._written
+            require(as_left, f"{self.path}: another process or thread has written to it; resume the store to go on")
+            yield
 
     def _save(self, index: StoreIndex) -> None:
-        write_index_file(self.path / ("index.json" if self.part is None else part_name(self.part)), index)
-        self._index = index
+        file = self.path / (_INDEX if self.part is None else part_name(self.part))
+        write_index_file(file, index)
+        self._index, self._written = index, file.read_bytes()
 
     def close(self) -> None:
         """Declares the store complete (a part: merge_parts does that)."""
         if not self.complete and self.part is None:
-            self._check_alone()
-            self._save(_completed(self.path, self._index))
+            with self._alone():
+                self._save(_completed(self.path, self._index))
 
     def __enter__(self: Writer) -> Writer:
         return self
@@ -279,7 +291,7 @@ def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] |
     if complete and not index.complete:
         merged = _completed(path, merged)
     if merged != index:
-        write_index_file(path / "index.json", merged)
+        write_index_file(path / _INDEX, merged)
     for part in part_files(path):
         part.unlink()
     return merged
@@ -311,9 +323,17 @@ def _claim_directory(path: Path, force: bool) -> None:
     clear_store(path)
 
 
+def _as_written(path: Path) -> tuple[StoreIndex, bytes]:
+    """The index of a store, and its file's bytes, of one moment."""
+    while True:
+        written, index = (path / _INDEX).read_bytes(), read_index(path)
+        if written == (path / _INDEX).read_bytes():
+            return index, written
+
+
 def clear_store(path: str | Path) -> None:
     """Deletes the store in a directory, if there is one, and what killed writers left; other files stay."""
-    (Path(path) / "index.json").unlink(missing_ok=True)  # first: without it what is left is no store
+    (Path(path) / _INDEX).unlink(missing_ok=True)  # first: without it what is left is no store
     for file in Path(path).glob("*-[0-9]*.*"):
         if _OURS.fullmatch(file.name):
             file.unlink()
@@ -333,12 +353,13 @@ def _item_table(items: Items, n_rows: int) -> pa.Table:
     lengths = {name: len(column) for name, column in columns.items()}
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
+    token = columns["token"]
+    tokens = token.to_pylist() if isinstance(token, pa.Array | pa.ChunkedArray) else token
+    parts = [each for each in tokens if isinstance(each, float | np.floating) and each % 1 != 0]
+    require(not parts, f"items do not fit: token {shown(parts[0] if parts else None)} is no whole number")
     try:
-        token: Any = columns["token"]
-        arrow = isinstance(token, pa.Array | pa.ChunkedArray)
-        columns["token"] = (token if arrow else pa.array(token)).cast(pa.int32())  # which refuses parts of numbers
         return pa.table(columns, schema=schema)
-    except (pa.ArrowException, UnicodeEncodeError) as error:
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise ValueError(
             f"items do not fit image (string), token (int32), label (string): {first_line(error)}"
         ) from error

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes, mean_pool_codes
-from saevlm_fast.data.pairing import ImagesOnce
+from saevlm_fast.data.pairing import NOTHING, begins_image, check_once
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks
@@ -66,29 +65,22 @@ def image_table(rows: Activations | StoredCodes) -> ImageTable:
     """
     if not rows.has_items:
         return ImageTable(np.arange(rows.n_rows + 1), None, None, None)
-    starts, ids, labels, tokens, first, last = [], [], [], [], 0, None
+    starts, ids, labels, tokens, first, last = [], [], [], [], 0, NOTHING
     for table in rows.iter_items():
         if len(table) == 0:
             continue
         table = table.combine_chunks()
         images = table["image"].chunk(0)
-        new = np.concatenate([[images[0].as_py() != last], _differs(images)])
+        new = begins_image(images, last)
         starts.append(first + np.flatnonzero(new))
         ids.append(images.filter(pa.array(new)))
         labels.append(table["label"].chunk(0).filter(pa.array(new)))
         tokens.append(table["token"].to_numpy())
         first, last = first + len(table), images[-1].as_py()
     found = pa.concat_arrays(ids)
-    once = ImagesOnce(rows)
-    once.add(found)
-    once.check()
+    check_once(rows, ids)
     offsets_N1 = np.concatenate([*starts, [first]]).astype(np.int64)
     return ImageTable(offsets_N1, np.concatenate(tokens).astype(np.int32), found, pa.concat_arrays(labels))
-
-
-def _differs(images: pa.Array) -> np.ndarray:
-    """bool [R - 1]: whether a row is of another image than the one before."""
-    return pc.not_equal(images.slice(1), images.slice(0, len(images) - 1)).to_numpy(zero_copy_only=False)
 
 
 class ImageChunk(NamedTuple):

@@ -5,7 +5,7 @@ Shape suffixes: n images of a chunk, B rows of a chunk, E embedding.
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import Rows, StoredCodes, as_rows, pool_codes
-from saevlm_fast.data.pairing import ImagesOnce, check_sides, checked_ids
+from saevlm_fast.data.pairing import begins_image, check_images_once, check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
 from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.peers import Peers, in_step, rows_of_share
@@ -43,7 +43,8 @@ class ScoredImages:
             the rank and all ranks have; known of several ranks alone.
 
     Raises:
-        ValueError: what monosemanticity.score refuses before it reads rows; a pool of rows without ids.
+        ValueError: what monosemanticity.score refuses before it reads rows; a pool of rows without ids; an image whose
+            rows do not lie together.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class ScoredImages:
             )
         if sae is not None:
             check_rows_of(sae, activations)
+        for side in (activations, *(self.encoders.values() if pool is None else ())):
+            check_images_once(side)
         self.n_latents = n_latents(activations, sae)
         self._kept: list[SparseCodes] = []
         self._room = kept_bytes
@@ -174,12 +177,9 @@ class ScoredImages:
 
         Args:
             beside: rows of the same number.
-
-        Raises:
-            ValueError: rows of one image that do not lie together, once all are read.
         """
         items = self.activations.item_chunks(self.batch_rows, rows=self.rows)
-        waiting, names, once = None, pa.array([], pa.string()), ImagesOnce(self.activations)
+        waiting, names = None, pa.array([], pa.string())
         with ExitStack() as stack:
             others: Iterator[tuple[int, Tensor | None]] = repeat((0, None))
             if beside is not None:
@@ -191,13 +191,10 @@ class ScoredImages:
                 starts = image_starts(names)
                 last = int(starts[-1])
                 if len(starts) > 1:
-                    once.add(names.take(starts[:-1]))
                     yield rows_between(rows, 0, last), starts, names.take(starts[:-1]), _rows(other, 0, last)
                 waiting = rows_between(rows, last, len(names)), _rows(other, last, len(names))
                 names = names[last:]
         if waiting is not None:
-            once.add(names[:1])
-            once.check()
             yield waiting[0], np.array([0, len(names)]), names[:1], waiting[1]
 
     def _pool(self, rows: SparseCodes | Tensor, starts: np.ndarray) -> SparseCodes | Tensor:
@@ -234,8 +231,7 @@ class ScoredImages:
 
 def image_starts(names: pa.Array) -> np.ndarray:
     """Where the images of neighbouring rows begin: those rows whose name is not that of the row before."""
-    changes = pc.not_equal(names[1:], names[:-1]).fill_null(True).to_numpy(zero_copy_only=False)
-    return np.fromiter(chain([0], np.flatnonzero(changes) + 1), dtype=np.int64)
+    return np.flatnonzero(begins_image(names)) if len(names) else np.zeros(1, np.int64)
 
 
 def first_of_image(activations: StoredRows, row: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import Rows, as_rows
-from saevlm_fast.data.pairing import checked_ids
+from saevlm_fast.data.pairing import check_images_once, checked_ids
 from saevlm_fast.data.rows import whole_numbers
 from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.runtime import own_defaults
@@ -77,6 +77,7 @@ def top_images(
                 best.add(acts_M, slots_M, images_M + chunk.first)
                 on_rows(chunk.first + chunk.codes.n_rows)
         return best.result()
+    check_images_once(activations)
     ids = checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
         for (start, values), _ in zip(chunks, ids):

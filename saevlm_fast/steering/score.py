@@ -30,7 +30,7 @@ from torch import Tensor
 
 from saevlm_fast.config import WHITE, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import StoredCodes
-from saevlm_fast.data.pairing import checked_ids
+from saevlm_fast.data.pairing import check_images_once, checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, require
 from saevlm_fast.files import remove_leftovers, sha256_file, weights_sha256
@@ -161,6 +161,7 @@ def _check_sides(
         f"embeddings: of width {embeddings.d} ({embeddings.path}), but the text model's have {encoder.d}; harvest them "
         "with --point projection of the same model",
     )
+    check_images_once(codes)
     for _ in checked_ids(65536, codes, embeddings):
         pass
 
