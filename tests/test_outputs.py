@@ -1,10 +1,12 @@
 """Outputs: their lock, which keeps processes apart (the other one is a child of this), and their replacement."""
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 from saevlm_fast.outputs import (
     LOCK_FILE,
     REPLACEMENT,
+    _held,
     begin_replacement,
     begin_writing,
     check_absent,
@@ -128,6 +131,57 @@ def test_threads_that_wait_for_a_lock_have_it_one_after_the_other(tmp_path):
     assert sorted(seen) == [[number] for number in range(16)]
     assert waited
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lock_is_given_back_from_another_thread(tmp_path):
+    with ThreadPoolExecutor(1) as other:
+        lock = output_lock(tmp_path / "out", directory=True)
+        lock.__enter__()
+        other.submit(lock.__exit__, None, None, None).result(60)
+        other.submit(lambda: output_lock(tmp_path / "out", directory=True, patience=0).__enter__()).result(60)
+    gc.collect()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_before_the_lock_leaves_none(tmp_path):
+    for _ in range(2):
+        with pytest.raises((ValueError, OSError)), output_lock(tmp_path / ("x" * 300), directory=True):
+            pass
+    assert not _held
+
+
+def test_threads_that_begin_at_once_share_a_lock(tmp_path):
+    inside = threading.Barrier(3)
+
+    def work(_):
+        with output_lock(tmp_path / "a" / "b", directory=True, exclusive=False, patience=60):
+            inside.wait(60)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert not (tmp_path / "a").exists()
+
+
+def test_who_waits_keeps_nobody_else_waiting(tmp_path):
+    """And says so once, though it waits for a thread and then for a process."""
+    told, let_go = [], threading.Event()
+
+    def on_wait():
+        told.append(1)
+        with output_lock(tmp_path / "another", directory=True, patience=0):
+            let_go.set()
+
+    def wait():
+        with output_lock(tmp_path / "out", directory=True, patience=60, on_wait=on_wait):
+            pass
+
+    with ThreadPoolExecutor(1) as other:
+        with output_lock(tmp_path / "out", directory=True):
+            waiting = other.submit(wait)
+            assert let_go.wait(60)
+            time.sleep(0.2)
+        waiting.result(60)
+    assert told == [1]
 
 
 def test_threads_that_share_a_lock_keep_it_until_the_last_has_gone(tmp_path):

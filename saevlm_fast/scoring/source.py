@@ -79,7 +79,7 @@ class ScoredImages:
             )
         if sae is not None:
             check_rows_of(sae, activations)
-        for side in (activations, *(self.encoders.values() if pool is None else ())):
+        for side in (activations,) if activations.has_items or pool else self.encoders.values():  # of the same images
             check_images_once(side)
         self.n_latents = n_latents(activations, sae)
         self._kept: list[SparseCodes] = []

@@ -7,7 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +158,39 @@ def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):
             behind.close()
     assert open_activations(tmp_path / "s").items()["image"].to_pylist() == items_of(0, 8)["image"]
     assert verify(tmp_path / "s").n_rows == 8
+
+
+def test_two_writers_at_the_same_time_lose_no_rows(tmp_path):
+    """Each writes its shard between the other's look and the other's index, or is told."""
+    ActivationWriter(tmp_path / "s", 5, torch.float32, SOURCE, 4)
+    writers = [ActivationWriter.resume(tmp_path / "s", 4) for _ in range(4)]
+    together = threading.Barrier(4)
+
+    def write(number):
+        together.wait(60)
+        try:
+            writers[number].append(rows_of(4), items_of(4 * number, 4 * number + 4))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        errors = list(pool.map(write, range(4)))
+    (winner,) = (number for number, error in enumerate(errors) if error is None)
+    assert all("has written to it" in error for error in errors if error is not None)
+    writers[winner].close()
+    assert verify(tmp_path / "s").n_rows == 4
+    assert (
+        open_activations(tmp_path / "s").items()["image"].to_pylist() == items_of(4 * winner, 4 * winner + 4)["image"]
+    )
+
+
+def test_a_source_is_as_json_has_it(tmp_path):
+    source = {"crop": (224, 224), "by_layer": {3: [1, 2]}}
+    with ActivationWriter(tmp_path / "s", 5, torch.float32, source, 4) as writer:
+        source["by_layer"][3].append(4)
+        writer.append(rows_of(6), items_of(0, 6))
+    assert open_activations(tmp_path / "s").source == {"crop": [224, 224], "by_layer": {"3": [1, 2]}}
 
 
 def test_the_writer_refuses_bad_arguments(tmp_path):
