@@ -117,7 +117,7 @@ _INSTEAD = "torch.autograd.grad and torch.autograd.functional.jacobian go throug
 
 def _in_torch_func() -> bool:
     """Whether the innermost transform is one of derivatives, with gradients on."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     innermost = functorch.peek_interpreter_stack()
     return innermost is not None and innermost.key() == functorch.TransformType.Grad and torch.is_grad_enabled()
 

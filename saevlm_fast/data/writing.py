@@ -353,7 +353,7 @@ def _item_table(items: Items, n_rows: int) -> pa.Table:
     lengths = {name: len(column) for name, column in columns.items()}
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
-    token = columns["token"]
+    token: Any = columns["token"]
     tokens = token.to_pylist() if isinstance(token, pa.Array | pa.ChunkedArray) else token
     parts = [each for each in tokens if isinstance(each, float | np.floating) and each % 1 != 0]
     require(not parts, f"items do not fit: token {shown(parts[0] if parts else None)} is no whole number")
