@@ -46,6 +46,8 @@ class Op(Generic[P, R]):
         differentiated = _unseen_by_dynamo(self._with_no_tangents(make_autograd_impl(self.overload, self._op)))
         for device in ("CPU", "CUDA", "Meta"):  # each before "Autograd", which torch has registered
             self._op._lib.impl(name, differentiated, f"Autograd{device}", with_keyset=True)
+        if not mutates_args:
+            self.register_vmap(self._part_by_part)
 
     def __repr__(self) -> str:
         return f"<Op {self._name}>"
@@ -92,8 +94,18 @@ class Op(Generic[P, R]):
         self._op.register_autograd(exactly(backward), setup_context=setup_context)
 
     def register_vmap(self, rule: Callable[..., Any]) -> None:
-        """As torch.library.register_vmap; without it torch.vmap calls the op once for every part."""
+        """As torch.library.register_vmap, in place of `_part_by_part`."""
         self._op.register_vmap(rule)
+
+    def _part_by_part(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """torch.vmap, as torch's own does it, whose warning of that hides an error that is raised within."""
+        parts = [
+            self.overload(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts), 0
+        return tuple(torch.stack(each) for each in zip(*parts)), (0,) * len(parts[0])
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
