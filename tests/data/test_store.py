@@ -7,9 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,94 +112,6 @@ def test_items_may_come_as_a_table_without_labels(tmp_path):
         "token": [7, 0],
         "label": [None, None],
     }
-
-
-@pytest.mark.parametrize(
-    ("batch", "items", "message"),
-    [
-        (rows_of(2, 4), items_of(0, 2), r"rows are .*\[2, 4\]; floats \[rows, 5\]"),
-        (torch.ones(2, 5, dtype=torch.int32), items_of(0, 2), "int32"),
-        (rows_of(2).to_sparse(), items_of(0, 2), "rows: a tensor of layout sparse_coo, must be dense"),
-        (rows_of(2).to("meta"), items_of(0, 2), "rows: on the meta device"),
-        (rows_of(2), items_of(0, 3), "lengths .*3.*; the batch has 2 rows"),
-        (rows_of(2), {"image": ["a", "b"]}, r"columns \['image'\]; needed: image, token"),
-        (rows_of(2), {"image": ["a", "b"], "token": ["x", "y"]}, "items do not fit"),
-        (rows_of(2), {"image": ["a", "\udcff"], "token": [0, 0]}, "items do not fit"),
-        (rows_of(2), {"image": ["a", "b"], "token": [0.0, 1.2]}, "items do not fit.*1.2"),
-        (rows_of(2), {"image": ["a", "b"], "token": torch.tensor([0.7, 1.0])}, "items do not fit"),
-        (rows_of(2) * torch.inf, items_of(0, 2), "row 0, column 0 is"),
-        (rows_of(2) * 1e6, items_of(0, 2), "shard-00000.safetensors as float16: row 0, column 0 is -?inf"),
-    ],
-)
-def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
-    writer = ActivationWriter(tmp_path / "s", 5, torch.float16, {})
-
-    def write():
-        writer.append(batch, items)
-        writer.close()
-
-    with pytest.raises(ValueError, match=message):
-        write()
-    assert read_index(tmp_path / "s").n_rows == 0
-
-
-def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):
-    writer = ActivationWriter(tmp_path / "s", 5, torch.float32, SOURCE, 4)
-    writer.append(rows_of(4), items_of(0, 4))
-    late, other = (ActivationWriter.resume(tmp_path / "s", 4) for _ in range(2))
-    other.append(rows_of(4), items_of(4, 8))
-    with pytest.raises(ValueError, match="another process or thread has written to it; resume the store to go on"):
-        late.append(rows_of(4), items_of(8, 12))
-    other.close()
-    for behind in (late, writer):
-        with pytest.raises(ValueError, match="another process or thread has written to it"):
-            behind.close()
-    assert open_activations(tmp_path / "s").items()["image"].to_pylist() == items_of(0, 8)["image"]
-    assert verify(tmp_path / "s").n_rows == 8
-
-
-def test_two_writers_at_the_same_time_lose_no_rows(tmp_path):
-    """Each writes its shard between the other's look and the other's index, or is told."""
-    ActivationWriter(tmp_path / "s", 5, torch.float32, SOURCE, 4)
-    writers = [ActivationWriter.resume(tmp_path / "s", 4) for _ in range(4)]
-    together = threading.Barrier(4)
-
-    def write(number):
-        together.wait(60)
-        try:
-            writers[number].append(rows_of(4), items_of(4 * number, 4 * number + 4))
-        except ValueError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(4) as pool:
-        errors = list(pool.map(write, range(4)))
-    (winner,) = (number for number, error in enumerate(errors) if error is None)
-    assert all("has written to it" in error for error in errors if error is not None)
-    writers[winner].close()
-    assert verify(tmp_path / "s").n_rows == 4
-    assert (
-        open_activations(tmp_path / "s").items()["image"].to_pylist() == items_of(4 * winner, 4 * winner + 4)["image"]
-    )
-
-
-def test_a_source_is_as_json_has_it(tmp_path):
-    source = {"crop": (224, 224), "by_layer": {3: [1, 2]}}
-    with ActivationWriter(tmp_path / "s", 5, torch.float32, source, 4) as writer:
-        source["by_layer"][3].append(4)
-        writer.append(rows_of(6), items_of(0, 6))
-    assert open_activations(tmp_path / "s").source == {"crop": [224, 224], "by_layer": {"3": [1, 2]}}
-
-
-def test_the_writer_refuses_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="d_in: 0 must be at least 1"):
-        ActivationWriter(tmp_path / "s", 0, torch.float16, SOURCE)
-    with pytest.raises(ActivationError, match=r"dtype is torch\.float64; a store holds float16, bfloat16, float32"):
-        ActivationWriter(tmp_path / "s", 4, torch.float64, SOURCE)
-    with pytest.raises(ValueError, match="rows_per_shard: 0 must be at least 1"):
-        ActivationWriter(tmp_path / "s", 4, torch.float16, SOURCE, 0)
-    with pytest.raises(ActivationError, match="no rows were written"):
-        ActivationWriter(tmp_path / "t", 4, torch.float16, SOURCE).close()
 
 
 def test_an_occupied_directory_is_refused_unless_forced(tmp_path):
