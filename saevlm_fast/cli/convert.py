@@ -88,18 +88,19 @@ def _occupied(output: Path) -> list[Path]:
 
 def plan(options: ConvertArguments) -> Plan:
     """What would be written."""
+    from saevlm_fast.formats import export
     from saevlm_fast.outputs import check_absent
 
     check_writable(options.output)
     check_absent(_occupied(options.output), options.force)
     opened = _open(options)
     plain = opened.plain
-    itemsize = 4 if options.to in ("dictionary_learning", "saev") else plain.W_enc.dtype.itemsize
-    n_bytes = itemsize * (2 * plain.d_in * plain.d_sae + 2 * plain.d_sae + plain.d_in)
+    n_weights = 2 * plain.d_in * plain.d_sae + 2 * plain.d_sae + plain.d_in
+    n_bytes = n_weights * export.written_dtype(plain, options.to).itemsize
     return Plan(
         f"{options.source} ({opened.format}) as files of {options.to}",
         {
-            "sae": f"{plain.activation}, {plain.d_in:,} -> {plain.d_sae:,}",
+            "sae": f"{plain.activation}, {plain.d_in:,} -> {plain.d_sae:,}, {_dtypes(plain, options.to)}",
             "lost": opened.lost or None,
             "doubts": list(plain.doubts) or None,
             "memory_bytes": 3 * n_bytes,
@@ -134,7 +135,17 @@ def convert(options: ConvertArguments) -> dict[str, Any]:
     return _said(options, opened, files)
 
 
+def _dtypes(plain: "PlainSAE", to: str) -> str:
+    """As read, and as written where that is another one."""
+    from saevlm_fast.formats.export import written_dtype
+
+    read, written = (str(each).removeprefix("torch.") for each in (plain.W_enc.dtype, written_dtype(plain, to)))
+    return read if read == written else f"{read}, written as {written}"
+
+
 def _said(options: ConvertArguments, opened: Opened, files: list[str]) -> dict[str, Any]:
+    from saevlm_fast.formats.export import written_dtype
+
     plain = opened.plain
     print_pairs(
         [
@@ -142,6 +153,7 @@ def _said(options: ConvertArguments, opened: Opened, files: list[str]) -> dict[s
             ("activation", plain.activation),
             ("d_in -> d_sae", f"{plain.d_in:,} -> {plain.d_sae:,}"),
             ("k", "not known" if plain.k is None else str(plain.k)),
+            ("dtype", _dtypes(plain, options.to)),
             *([("input", plain.input_norm)] if plain.input_norm != "none" else []),
         ]
     )
@@ -157,6 +169,7 @@ def _said(options: ConvertArguments, opened: Opened, files: list[str]) -> dict[s
         "d_in": plain.d_in,
         "d_sae": plain.d_sae,
         "k": plain.k,
+        "dtype": str(written_dtype(plain, options.to)).removeprefix("torch."),
         "input_norm": plain.input_norm,
         "lost": opened.lost,
         "doubts": list(plain.doubts),

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 _MARK = "  NO"  # after a measure that does not separate
 _HARDEST = ("untrained", "soft-frozen")  # a measure that does not separate from these says nothing of learning
-_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO"}
+_SHORT = {
+    "better, seeds missing": "better",
+    "does not separate: not better": "NO",
+    "does not separate: not better at matched counts": "NO",
+}
 
 
 def print_evaluation(evaluation: "Evaluation", inputs: "Inputs") -> None:
@@ -32,7 +36,8 @@ def print_evaluation(evaluation: "Evaluation", inputs: "Inputs") -> None:
         _print_few_seeds(members)
     judged = [each["verdict"] for row in rows for each in row["against"]]
     if any(each.startswith("does not separate") for each in judged):
-        say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
+        say("NO: does not separate from what cannot have learned (d' below 2, or not better, by")
+        say("means at matched firing counts where these cover half of its latents)")
         say(f"NO after a measure: not from {' or '.join(_HARDEST)}, or where there are neither, from another control")
     if not judged:
         say("no controls: nothing here tells what was learned; --controls all makes some")

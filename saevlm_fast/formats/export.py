@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
 from saevlm_fast.formats.plain import PlainSAE
@@ -16,6 +18,7 @@ class Writer(NamedTuple):
     write: Callable[[PlainSAE, Path], None]
 
 
+_ALWAYS_FLOAT32 = (dictionary_learning.NAME, saev.NAME)
 WRITERS = {
     each.NAME: Writer(each.lost, each.write) for each in (sae_lens, sparsify, dictionary_learning, saev, plain_file)
 }
@@ -38,6 +41,11 @@ def check(plain: PlainSAE, to: str, lossy: bool = False) -> list[str]:
     lost = WRITERS[to].lost(plain)
     require(lossy or not lost, f"to: {to} loses {'; '.join(lost)}; --lossy (lossy=True) writes it nevertheless")
     return lost
+
+
+def written_dtype(plain: PlainSAE, to: str) -> torch.dtype:
+    """Of the weights in files of that format."""
+    return torch.float32 if to in _ALWAYS_FLOAT32 else plain.W_enc.dtype
 
 
 def write(plain: PlainSAE, directory: str | Path, to: str = sae_lens.NAME, lossy: bool = False) -> list[str]:

@@ -87,8 +87,9 @@ class Evaluation:
             for control in dict.fromkeys(each.subject.control for each in members if each.subject.control):
                 controls = [each for each in members if each.subject.control == control]
                 mine, theirs = ([values[each.subject.name] for each in side] for side in (saes, controls))
-                judged = separation(mine, theirs, headline.better)
-                yield {"group": group, "control": control, **judged, **_matched(headline, saes, controls)}
+                matched = _matched(headline, saes, controls)
+                judged = separation(mine, theirs, headline.better, matched)
+                yield {"group": group, "control": control, **judged, **({"matched": matched} if matched else {})}
 
     def as_json(self) -> Figures:
         """evaluation.json; docs/how-to/evaluate.md has its schema."""
@@ -117,16 +118,16 @@ class Evaluation:
         )
 
 
-def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Result]) -> Figures:
-    """The first SAE and the first control at matched firing counts; nothing where there is no column."""
+def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Result]) -> Figures | None:
+    """The first SAE and the first control at matched firing counts; None where there is no column."""
     if headline.column is None or not saes or not controls:
-        return {}
+        return None
     first, second = saes[0].latents, controls[0].latents
     if headline.column not in first or headline.column not in second:
-        return {}
+        return None
     column = headline.column
     matched, own, covered = matched_mean(second[column], second["n_active"], first[column], first["n_active"])
-    return {"matched": {"control": matched, "sae": own, "covered": covered}}
+    return {"control": matched, "sae": own, "covered": covered}
 
 
 # The work -------------------------------------------------------------------------------------------------------------

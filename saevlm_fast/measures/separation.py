@@ -17,6 +17,7 @@ from saevlm_fast.measures.results import Figures
 LEAST_SEEDS = 3
 SEPARATES = 2.0  # d' from which a measure tells them apart
 _LEAST_OF_BIN = 5  # latents of either side
+_LEAST_MATCHED = 0.5  # share of the SAE's latents from which means at matched firing counts are the fair ones
 
 
 class Headline(NamedTuple):
@@ -123,12 +124,19 @@ def interval_at(measures: Figures, path: tuple[str, ...]) -> tuple[float, float]
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def separation(trained: Sequence[float], control: Sequence[float], better: int) -> Figures:
+def separation(
+    trained: Sequence[float], control: Sequence[float], better: int, matched: Figures | None = None
+) -> Figures:
     """Two sets of seeds of one measure.
+
+    Args:
+        matched: means of the first of each at matched firing counts, {sae, control, covered}. Where they
+            cover half of the SAE's latents they overrule: how often a latent fires moves a measure by itself.
 
     Returns:
         difference (trained - control, of means), d_prime (towards better; NaN without seeds), verdict: separates, does
-        not separate, better, seeds missing, does not separate: not better, or not judged where neither way is better.
+        not separate, better, seeds missing, does not separate: not better (or: not better at matched counts), or not
+        judged where neither way is better.
     """
     first, second = (np.array([each for each in values if math.isfinite(each)]) for values in (trained, control))
     if not len(first) or not len(second):
@@ -136,17 +144,26 @@ def separation(trained: Sequence[float], control: Sequence[float], better: int) 
     difference = float(first.mean() - second.mean())
     if better == 0:
         return {"difference": difference, "d_prime": math.nan, "verdict": "not judged"}
-    if len(first) < LEAST_SEEDS:
-        verdict = "better, seeds missing" if better * difference > 0 else "does not separate: not better"
-        return {"difference": difference, "d_prime": math.nan, "verdict": verdict}
-    squares = [((values - values.mean()) ** 2).sum() for values in (first, second)]
-    freedom = len(first) + len(second) - 2
-    sd = math.sqrt(float(sum(squares)) / freedom)
-    d_prime = (
-        better * difference / sd if sd > 0 else math.copysign(math.inf, better * difference) if difference else 0.0
-    )
-    verdict = "separates" if d_prime >= SEPARATES else "does not separate"
+    fair = better * (matched["sae"] - matched["control"]) if matched and matched["covered"] >= _LEAST_MATCHED else None
+    d_prime = _d_prime(first, second, better) if len(first) >= LEAST_SEEDS else math.nan
+    if fair is not None and fair <= 0:
+        verdict = "does not separate: not better at matched counts"
+    elif len(first) >= LEAST_SEEDS:
+        verdict = "separates" if d_prime >= SEPARATES else "does not separate"
+    else:
+        is_better = (better * difference if fair is None else fair) > 0
+        verdict = "better, seeds missing" if is_better else "does not separate: not better"
     return {"difference": difference, "d_prime": d_prime, "verdict": verdict}
+
+
+def _d_prime(first: np.ndarray, second: np.ndarray, better: int) -> float:
+    """Difference of means towards better, over the pooled deviation of seeds."""
+    difference = float(first.mean() - second.mean())
+    squares = [((values - values.mean()) ** 2).sum() for values in (first, second)]
+    sd = math.sqrt(float(sum(squares)) / (len(first) + len(second) - 2))
+    if sd > 0:
+        return better * difference / sd
+    return math.copysign(math.inf, better * difference) if difference else 0.0
 
 
 def matched_mean(

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import foreign_trainers
 from command import files_below, run, run_json
@@ -49,6 +51,21 @@ def test_to_every_format_and_back(ae, tmp_path, to):
     assert f"read as  {' ' * 7}{to}" in run("convert", tmp_path / "out", tmp_path / "back", "--force")
     assert (tmp_path / "back" / "settings.toml").is_file()
     assert torch.equal(read(tmp_path / "back").W_enc, read(ae).W_enc)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_the_dtype_that_is_said_is_the_one_that_is_written(ae, tmp_path, to):
+    run("convert", ae, tmp_path / "float32", "--to", "safetensors", "--lossy")
+    tensors = load_file(tmp_path / "float32" / "sae.safetensors")
+    with safe_open(tmp_path / "float32" / "sae.safetensors", "pt") as file:
+        metadata = file.metadata()
+    half = {name: each.bfloat16() if each.is_floating_point() else each for name, each in tensors.items()}
+    save_file(half, tmp_path / "half.safetensors", metadata)
+    found = run_json("convert", tmp_path / "half.safetensors", tmp_path / "out", "--to", to, "--lossy")
+    assert read(tmp_path / "out").W_enc.dtype == getattr(torch, found["dtype"])
+    said = run("convert", tmp_path / "half.safetensors", tmp_path / "out", "--to", to, "--lossy", "--force")
+    assert ("bfloat16, written as float32" in said) == (found["dtype"] == "float32")
+    assert torch.equal(read(tmp_path / "out").W_enc.bfloat16(), half["W_enc"])
 
 
 def test_an_output_is_replaced_when_asked_and_once_the_new_is_whole(ae, tmp_path):

@@ -119,12 +119,16 @@ def test_the_table_says_what_separates(whole):
     table = json.loads((whole[0] / "evaluation.json").read_text())["table"]
     rows = {row["measure"]: row for row in table}
     verdicts = {(name, each["control"]): each["verdict"] for name, row in rows.items() for each in row["against"]}
-    assert set(verdicts.values()) <= {"separates", "does not separate", "not judged", "not measured"}
+    at_matched = "does not separate: not better at matched counts"
+    assert set(verdicts.values()) <= {"separates", "does not separate", at_matched, "not judged", "not measured"}
     assert verdicts["L0", "raw"] == "not judged"
     for name, row in rows.items():
         for each in row["against"]:
-            if each["d_prime"] is not None:
+            if each["d_prime"] is not None and each["verdict"] != at_matched:
                 assert (each["d_prime"] >= 2) == (verdicts[name, each["control"]] == "separates")
+            if (matched := each.get("matched")) and matched["covered"] >= 0.5:
+                worse = row["better"] * (matched["sae"] - matched["control"]) <= 0
+                assert (each["verdict"] == at_matched) == (worse and row["better"] != 0)
     assert "matched" in next(each for each in rows["MS, emb.npy"]["against"] if each["control"] == "untrained")
 
 

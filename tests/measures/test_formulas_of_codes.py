@@ -201,6 +201,24 @@ def test_separation():
     assert separation(trained, control, 0)["verdict"] == "not judged"
 
 
+def test_means_at_matched_firing_counts_overrule():
+    """Of means that differ because latents fire at other rates, and of those that do not, the fair ones decide."""
+    worse, better = ({"sae": mine, "control": 0.4, "covered": 0.9} for mine in (0.3, 0.6))
+    none = {"sae": math.nan, "control": math.nan, "covered": 0.0}
+    seeds, others = [0.9, 1.0, 1.1], [0.4, 0.5, 0.6]
+    assert separation([0.5], [0.4], 1, worse)["verdict"] == "does not separate: not better at matched counts"
+    assert separation([0.5], [0.4], -1, worse)["verdict"] == "better, seeds missing"
+    assert separation([0.4], [0.5], 1, better)["verdict"] == "better, seeds missing"
+    assert separation([0.5], [0.4], 1, worse | {"covered": 0.3})["verdict"] == "better, seeds missing"
+    assert separation([0.5], [0.4], 1, none)["verdict"] == "better, seeds missing"
+    assert separation(seeds, others, 1, better)["verdict"] == "separates"
+    assert separation(others, seeds, 1, better)["verdict"] == "does not separate"
+    found = separation(seeds, others, 1, worse)
+    assert found["verdict"] == "does not separate: not better at matched counts"
+    assert found["d_prime"] == pytest.approx(0.5 / 0.1)
+    assert separation([0.5], [0.4], 0, worse)["verdict"] == "not judged"
+
+
 def test_matched_firing_counts():
     """Values that follow counts alone are equal once counts are matched, however differently they are distributed."""
     counts = np.repeat([10, 30, 100, 300], [40, 30, 20, 10])
