@@ -113,6 +113,9 @@ function digits(value) {
   return size >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
 }
 
+// Of an activation: one that is whole has as many digits as those beside it.
+const strength = (value) => (Number.isInteger(value) && value !== 0 && Math.abs(value) < 100 ? value.toPrecision(3) : digits(value));
+
 // Of an axis: without zeros that say nothing.
 const tick = (value) => (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5 ? digits(value) : String(Number(value.toPrecision(3))));
 

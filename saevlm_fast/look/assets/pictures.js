@@ -156,7 +156,7 @@ const Pictures = (() => {
     const button = el("button", { class: "picture", type: "button", "aria-label": "Image", onclick: () => enlarge(picture, grid, latent) }, canvas);
     button.style.width = `${side}px`;
     button.style.height = `${side}px`;
-    const caption = el("span", { class: "act", text: note || (picture[1] === undefined ? "" : digits(picture[1]) + elsewhere(picture, grid)) });
+    const caption = el("span", { class: "act", text: note || (picture[1] === undefined ? "" : strength(picture[1]) + elsewhere(picture, grid)) });
     whenSeen(button, () => draw(canvas, picture, grid, side).then((about) => {
       button.setAttribute("aria-label", said(about, picture, latent));
       button.title = [about.name, about.label].filter(Boolean).map(apart).join("\n");

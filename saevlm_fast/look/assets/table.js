@@ -18,7 +18,7 @@ class LatentTable {
     this.grid.addEventListener("scroll", () => this.draw(), { passive: true });
     this.grid.addEventListener("keydown", (event) => this.key(event));
     this.filters = el("div", { class: "filters" });
-    this.search = el("input", { type: "search", id: "search", placeholder: "Name, word, class or number", "aria-label": "Search names, words, classes and numbers",
+    this.search = el("input", { type: "search", id: "search", placeholder: "Search", title: "Name, word, class or number", "aria-label": "Search names, words, classes and numbers",
       oninput: () => this.app.set({ q: this.search.value }) });
     const more = el("button", { type: "button", class: "quiet", text: "+ Filter", onclick: () => this.addFilter() });
     this.stars = el("input", { type: "checkbox", id: "stars", onchange: () => this.app.set({ stars: this.stars.checked ? "1" : "" }) });
