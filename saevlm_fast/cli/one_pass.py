@@ -198,6 +198,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
                 images_path=str(options.images),
                 on_log=told.on_log,
                 on_step=told.on_step,
+                on_evaluated=bar.on_evaluated,
                 on_note=tell,
                 on_finished=looks or nothing_more,
             )

@@ -214,6 +214,7 @@ class TrainBar(Bar):
 
     def __init__(self, n_steps: int):
         super().__init__("step", n_steps, "it")
+        self.evaluation: Bar | None = None
 
     def on_step(self, step: int) -> None:
         """Called after every step."""
@@ -228,7 +229,20 @@ class TrainBar(Bar):
         self.update(step, text=text)
         if step == self.total:
             self.close()
-            say("saving, then evaluating over all rows ...")
+            say("saving, then evaluating ...")
+
+    def on_evaluated(self, done: int, total: int) -> None:
+        """Called as the evaluation goes on."""
+        if self.evaluation is None:
+            super().close()
+            self.evaluation = Bar("evaluation", total, "rows")
+            self.evaluation.progress.start()
+        self.evaluation.update(done)
+
+    def close(self) -> None:
+        super().close()
+        if self.evaluation is not None:
+            self.evaluation.close()
 
 
 class HarvestBar(Bar):

@@ -196,6 +196,7 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
             bar.on_step(step)
 
         told: dict[str, Any] = {"validation": held_out, "on_log": bar.on_log, "on_step": on_step, "on_note": tell}
+        told["on_evaluated"] = bar.on_evaluated
         told["on_picture"] = lambda sae: run_picture(held_out or data, sae, f"{output}, step {config.steps:,}")
         if options.mono_embeddings is not None:
             told["mono_embeddings"] = open_activations(options.mono_embeddings)
@@ -205,7 +206,8 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
     record.write()
     _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
-    say(f"evaluation on all {rows:,} {kind} rows")
+    of_all = "all " if held_out or rows == data.n_rows else ""
+    say(f"evaluation on {of_all}{rows:,} {kind} rows" + ("" if of_all else f", evenly spread over {data.n_rows:,}"))
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
     say(f"wrote {output}")
     return {

@@ -133,6 +133,7 @@ def train_grid(
             bar.on_step(step)
 
         told: dict[str, Any] = {"validation": held_out, "on_log": log.on_log, "on_step": on_step, "on_note": tell}
+        told["on_evaluated"] = bar.on_evaluated
         try:
             trained = _trained(options, data, runs, peers, on_finished=looks or nothing_more, **told)
         except Interrupted as error:

@@ -133,6 +133,11 @@ class MixingBuffer:
         start = (step - self.first_step(self._window)) * self.batch_size
         return self._out_R[start : start + self.batch_size]
 
+    @property
+    def n_last_rows(self) -> int:
+        """Of the last window."""
+        return len(self._places_R)
+
     def last_rows(self, n: int) -> Iterator[Tensor]:
         """After the last step, the rows of the last window, which are still there, n at a time."""
         for places_n in self._places_R.split(n):

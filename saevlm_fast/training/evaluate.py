@@ -3,16 +3,17 @@
 Shape suffixes: B rows of a batch, D d_in, S d_sae, M entries.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.rows import Matrix, activations_of
+from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import whole_number
 from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae, inferred
+from saevlm_fast.training.evaluated import EvaluatedRows
 from saevlm_fast.training.step import StepOutput, Stepper
 
 Metrics = dict[str, float]
@@ -79,32 +80,28 @@ def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096
     Raises:
         ValueError: another width than the SAE's, rows that are not finite, a threshold that was never calibrated.
     """
-    (metrics,) = evaluate_all([sae], activations, batch_rows)
+    activations = activations_of(activations, "activations")
+    check_sae(sae)
+    whole_number("batch_rows", batch_rows)
+    (metrics,) = evaluate_rows([sae], activations, batch_rows=batch_rows)
     return metrics
 
 
 @torch.no_grad()
-def evaluate_all(saes: Sequence[SparseAutoencoder], activations: Matrix, batch_rows: int = 4096) -> list[Metrics]:
-    """The same of several SAEs, for which the rows are read once.
-
-    Raises:
-        ValueError: as `evaluate`.
-    """
-    activations = activations_of(activations, "activations")
-    for sae in saes:
-        check_sae(sae)
-    whole_number("batch_rows", batch_rows)
-    with closing(activations.chunks(batch_rows)) as chunks:
-        return evaluate_chunks(saes, (x_BD for _, x_BD in chunks))
-
-
-@torch.no_grad()
-def evaluate_chunks(saes: Sequence[SparseAutoencoder], chunks: Iterable[Tensor]) -> list[Metrics]:
-    """The same of rows that come as they may: [<= n, d_in] in raw units, on any device."""
-    sums = [RowSums(sae) for sae in saes]
-    for x_BD in chunks:
-        for each in sums:
-            each.add(x_BD)
+def evaluate_rows(
+    saes: Sequence[SparseAutoencoder],
+    rows: Activations | EvaluatedRows,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    batch_rows: int = 4096,
+) -> list[Metrics]:
+    """The same of several SAEs, for which the rows are read once. on_rows: called with those so far, and with all."""
+    sums, done = [RowSums(sae) for sae in saes], 0
+    with closing(rows.chunks(batch_rows)) as chunks:
+        for _, x_BD in chunks:
+            for each in sums:
+                each.add(x_BD)
+            done += len(x_BD)
+            on_rows(done, rows.n_rows)
     return [each.metrics() for each in sums]
 
 

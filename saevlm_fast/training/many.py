@@ -23,7 +23,8 @@ from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import latest_checkpoint
-from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
+from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_rows
+from saevlm_fast.training.evaluated import EvaluatedRows, look_at
 from saevlm_fast.training.memory import check_disk, check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
@@ -33,7 +34,6 @@ from saevlm_fast.training.run import (
     is_small,
     kept_of,
     log_every,
-    look_at,
     telling_what_is_kept,
     watched,
     with_settings,
@@ -183,6 +183,7 @@ def train_many(
     progress: bool = False,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_finished: OnFinished = nothing_more,
     **settings: Any,
@@ -197,11 +198,11 @@ def train_many(
         config: the recipe of all, or of each by its name; or its fields, as steps=500. Those of TrainConfig.shared
             must agree.
         options: where the run goes, as of `train`; output is the directory of their directories.
-        validation: rows [M, d_in] on which the finished SAEs are evaluated; the training rows otherwise.
+        validation: rows [M, d_in] on which the finished SAEs are evaluated; training rows otherwise, as of `train`.
         progress: show a line with the step, the rate, the time left and the first SAE's loss.
         on_log: called with the name at every logged step of every SAE. on_step: called with the steps that all have
-            taken. on_note: called with what else is worth a line. on_finished: called with the finished SAEs by name,
-            once they are evaluated; gives a Look at each that has more to be logged, by name.
+            taken. on_evaluated, on_note: as of `train`. on_finished: called with the finished SAEs by name, once they
+            are evaluated; gives a Look at each that has more to be logged, by name.
 
     Returns:
         The SAEs in raw units and their metrics, those of on_finished among them, by name.
@@ -214,7 +215,8 @@ def train_many(
     first = next(iter(saes))
     for name, sae_config in saes.items():
         recipes[name].check_fits(sae_config)
-    train_on, evaluated = fitting(activations, validation, *saes.values())
+    train_on, held_out = fitting(activations, validation, *saes.values())
+    evaluated = EvaluatedRows.of_run(train_on, held_out, recipes[first])
     device = resolve_device(options.device)
     needed = _needed(saes, recipes, train_on.n_rows)
     check_memory(device, needed)
@@ -226,6 +228,11 @@ def train_many(
         if progress and name == first:
             line.log(step, metrics)
         on_log(name, step, metrics)
+
+    def told(done: int, total: int) -> None:
+        if progress:
+            line.evaluated(done, total)
+        on_evaluated(done, total)
 
     with ExitStack() as stack:
         stack.enter_context(closing(line))
@@ -244,7 +251,7 @@ def train_many(
         with tf32_products(False), told_of_compiling(line.note if progress else on_note):
             _steps(lead, members, on_step)
             finished = [member.finished() for member in members]
-        return evaluated_all(members, finished, lambda: evaluate_all(finished, evaluated), on_finished)
+        return evaluated_all(members, finished, lambda: evaluate_rows(finished, evaluated, told), on_finished)
 
 
 def evaluated_all(

@@ -83,6 +83,7 @@ def train_from_images(
     progress: bool = False,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_finished: OnFinished = nothing_more,
     **settings: Any,
@@ -98,8 +99,8 @@ def train_from_images(
         stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
         images_path: what records call the images, where they are open already.
         progress: show a line. on_log: called with the name of every SAE at its logged steps. on_step: called with the
-            steps done at all places, and those to do. on_note: called with what else is worth a line. on_finished: as
-            of `train_many`; the tower has no hooks by then.
+            steps done at all places, and those to do. on_evaluated, on_note: as of `train`. on_finished: as of
+            `train_many`; the tower has no hooks by then.
 
     Returns:
         The SAEs in raw units, with what is measured of them on stream.validation_images, or else on the rows of the
@@ -129,8 +130,13 @@ def train_from_images(
             line.log(step, metrics)
         on_log(name, step, metrics)
 
+    def evaluated(done: int, total: int) -> None:
+        if progress:
+            line.evaluated(done, total)
+        on_evaluated(done, total)
+
     with closing(line), told_of_compiling(line.note if progress else on_note):
-        told = logged, on_step, on_note, on_finished
+        told = logged, on_step, evaluated, on_note, on_finished
         return trained_by(OnePass, source, path, tower, chosen, options, recipes, saes, held_out, *told)
 
 
@@ -146,6 +152,7 @@ def trained_by(
     held_out: ImageSource | None,
     on_log: Callable[[str, int, Metrics], None],
     on_step: Callable[[int, int], None],
+    on_evaluated: Callable[[int, int], None],
     on_note: Callable[[str], None],
     on_finished: OnFinished,
 ) -> dict[str, Trained]:
@@ -160,7 +167,7 @@ def trained_by(
         one_pass.enter(stack)
         with tf32_products(False), dead_workers_in_one_line():
             one_pass.steps(on_step, on_note)
-            return one_pass.finish(held_out, hooks, on_finished)
+            return one_pass.finish(held_out, hooks, on_evaluated, on_finished)
 
 
 def check_controls(recipes: Mapping[str, TrainConfig]) -> None:
@@ -342,26 +349,46 @@ class OnePass:
                 if all(place.is_done for place in self.places) and (self.keeping is None or self.keeping.is_whole):
                     return
 
-    def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
+    def finish(
+        self,
+        held_out: ImageSource | None,
+        hooks: ExitStack,
+        on_evaluated: Callable[[int, int], None],
+        on_finished: OnFinished,
+    ) -> dict[str, Trained]:
         """Saves the SAEs and evaluates them. hooks: of the tower, which are closed before on_finished."""
         saes = [member.finished() for member in self.members]
 
         def evaluate() -> list[Metrics]:
             with hooks:
-                return self._evaluated([RowSums(sae) for sae in saes], held_out)
+                return self._evaluated([RowSums(sae) for sae in saes], held_out, on_evaluated)
 
         return evaluated_all(self.members, saes, evaluate, on_finished)
 
     @torch.no_grad()
-    def _evaluated(self, sums: "Sequence[RowSums | SharedRowSums]", held_out: ImageSource | None) -> list[Metrics]:
+    def _evaluated(
+        self,
+        sums: "Sequence[RowSums | SharedRowSums]",
+        held_out: ImageSource | None,
+        on_evaluated: Callable[[int, int], None],
+    ) -> list[Metrics]:
         """sums: of all SAEs, place by place."""
         left, of_places = iter(sums), dict[str, list[Any]]()
         for place in self.places:
             of_places[place.name] = list(islice(left, len(place.members)))
+        done, total = 0, sum(self._n_evaluated(place, held_out) for place in self.places)
         for place, x_BD in self._evaluated_rows(held_out):
             for each in of_places[place.name]:
                 each.add(x_BD)
+            done += len(x_BD)
+            on_evaluated(done, total)
         return [each.metrics() for each in sums]
+
+    def _n_evaluated(self, place: Place, held_out: ImageSource | None) -> int:
+        """Rows, if all images can be used."""
+        if held_out is None:
+            return place.buffer.n_last_rows
+        return len(held_out) * (place.rows.n_rows // self.stream.n_images)
 
     def _evaluated_rows(self, held_out: ImageSource | None) -> Iterator[tuple[Place, Tensor]]:
         """Some rows of held-out images at a time, or of the last window; and the place that they are of."""

@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
@@ -20,7 +18,8 @@ from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
-from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
+from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_rows
+from saevlm_fast.training.evaluated import EvaluatedRows, look_at
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
 from saevlm_fast.training.watch import Watch
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
-_LOOKED_AT = 4096
 
 
 @own_defaults()
@@ -44,6 +42,7 @@ def train(
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_picture: "Callable[[SparseAutoencoder], Image | None]" = lambda sae: None,
     **settings: Any,
@@ -59,15 +58,17 @@ def train(
         config: the recipe; or its fields by name, as steps=500, lr=1e-3.
         options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
             with one, the run directory of checkpoints.py.
-        validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
+        validation: rows [M, d_in] on which the finished SAE is evaluated; otherwise training rows, evenly spread: all,
+            or as many as were trained on, but 65,536 at least.
         mono_embeddings: of row i [N, E], by which MonoLoss (mono_weight) scores; the rows themselves otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
-            still at it). on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
+            still at it). on_evaluated: called with the rows that are evaluated so far, and with all that will be.
+            on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
             called with the finished SAE where a logger of options.log_to shows images, for one (None: there is none).
 
     Returns:
-        The SAE in raw activation units, in eval mode, and what `evaluate` says of it over all validation rows.
+        The SAE in raw activation units, in eval mode, and what `evaluate` says of it over these rows.
 
     Raises:
         ValueError: settings that do not exist or do not fit the data, a logger whose package is not installed, a run
@@ -75,11 +76,13 @@ def train(
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
     config, options = with_settings("train", config, options, settings)
-    activations, evaluated = fitting(activations, validation, sae_config)
+    activations, held_out = fitting(activations, validation, sae_config)
+    evaluated = EvaluatedRows.of_run(activations, held_out, config)
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = both(line.log, on_log), both(line.note, on_note)
+        on_evaluated = both(line.evaluated, on_evaluated)
     kept = kept_of(options)
     with kept.locked(), Watch(options.log_to) as watch:
         look_at(evaluated, config, whole=options.output is None)
@@ -98,8 +101,8 @@ def train(
             sae = state.export()
             watch.pause()
             kept.save(sae)
-        with telling_what_is_kept(kept):
-            metrics = evaluate(sae, evaluated)
+        with telling_what_is_kept(kept), closing(line):
+            (metrics,) = evaluate_rows([sae], evaluated, on_evaluated)
         logged = {f"eval/{name}": value for name, value in metrics.items()}
         kept.finish(config.n_steps, logged)
         watch.finish(config.n_steps, logged, lambda: on_picture(sae))
@@ -127,14 +130,16 @@ def log_every(options: RunOptions, config: TrainConfig) -> int:
     return options.log_every or max(1, min(100, config.n_steps // 100))
 
 
-def fitting(activations: Matrix, validation: Matrix | None, *sae_configs: SAEConfig) -> tuple[Activations, Activations]:
-    """What is trained on, and what is evaluated on.
+def fitting(
+    activations: Matrix, validation: Matrix | None, *sae_configs: SAEConfig
+) -> tuple[Activations, Activations | None]:
+    """What is trained on, and what is held out.
 
     ValueError: no activations, or of another width than an SAE; nothing held out where something should be.
     """
     train_on = activations_of(activations, "activations")
-    held_out = train_on if validation is None else activations_of(validation, "validation")
-    if validation is not None:
+    held_out = None if validation is None else activations_of(validation, "validation")
+    if held_out is not None:
         check_held_out(train_on, train_on if validation is activations else held_out)
     for sae_config in sae_configs:
         check_kind("sae_config", sae_config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
@@ -142,10 +147,8 @@ def fitting(activations: Matrix, validation: Matrix | None, *sae_configs: SAECon
             train_on.d == sae_config.d_in,
             f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
         )
-    require(
-        held_out.d == train_on.d,
-        f"validation: width {held_out.d} differs from the activations' {train_on.d}",
-    )
+    width = train_on.d if held_out is None else held_out.d
+    require(width == train_on.d, f"validation: width {width} differs from the activations' {train_on.d}")
     return train_on, held_out
 
 
@@ -167,30 +170,6 @@ def mono_embeddings_of(given: Matrix | None, activations: Activations, config: T
     embeddings = activations_of(given, "mono_embeddings")
     check_rows_of_same_images(activations, embeddings)
     return embeddings
-
-
-def look_at(evaluated: Activations, config: TrainConfig, whole: bool, rank: int = 0, world: int = 1) -> None:
-    """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
-    those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
-    fails loses the SAE. Of several ranks each looks at its part of these.
-
-    Raises:
-        ActivationError: NaN or infinity, naming the row.
-    """
-    n_rows = evaluated.n_rows
-    if evaluated.block_rows is not None:  # elsewhere: its first and its last shard are fetched, not all of it
-        evaluated.rows(torch.arange(min(_LOOKED_AT, evaluated.block_rows, n_rows)))
-        evaluated.rows(torch.arange(n_rows - min(_LOOKED_AT, evaluated.block_rows, n_rows), n_rows))
-        return
-    n = n_rows if whole else min(n_rows, max(_LOOKED_AT, config.steps * config.batch_size // 100))
-    if n == n_rows:
-        with closing(evaluated.chunks(_LOOKED_AT)) as chunks:
-            for _ in chunks:
-                pass
-        return
-    for start in range(rank * _LOOKED_AT, n, world * _LOOKED_AT):
-        places = torch.arange(start, min(start + _LOOKED_AT, n))
-        evaluated.rows(places * (n_rows - 1) // max(n - 1, 1))
 
 
 @contextmanager

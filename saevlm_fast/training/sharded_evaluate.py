@@ -3,16 +3,18 @@
 Shape suffixes: B rows of a chunk, D d_in, S the rank's latents, M its entries.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.rows import Activations
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.kernels.topk_encode import threshold_encode
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.evaluate import Metrics, metrics_of_sums, row_sums
+from saevlm_fast.training.evaluated import EvaluatedRows
 from saevlm_fast.training.sharded_rows import choose, shared_by_rows, summed_over_ranks
 from saevlm_fast.training.shards import Shard, cut
 
@@ -68,24 +70,31 @@ class SharedRowSums:
 
 @torch.no_grad()
 def evaluate_shared(
-    part: SparseAutoencoder, shard: Shard, ranks: Ranks, activations: Activations, batch_rows: int = 4096
+    part: SparseAutoencoder,
+    shard: Shard,
+    ranks: Ranks,
+    evaluated: EvaluatedRows,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    batch_rows: int = 4096,
 ) -> Metrics:
     """`evaluate` of such an SAE: the same measures, on every rank.
 
     Args:
         part, shard, ranks: as of SharedRowSums.
-        activations: rows [N, d_in], of which each rank reads its share, and measures it.
+        evaluated: rows, of which each rank reads its share, and measures it.
+        on_rows: called with those so far, and with all, of this rank's replica.
         batch_rows: rows of a replica at a time.
     """
-    n_rows, peers, sums = activations.n_rows, ranks.latents, SharedRowSums(part, shard, ranks)
+    n_rows, peers, sums = evaluated.n_rows, ranks.latents, SharedRowSums(part, shard, ranks)
     mine = cut(n_rows, ranks.rows.world)[ranks.rows.rank]
     for start in range(mine.start, mine.stop, batch_rows):
         n = min(batch_rows, mine.stop - start)
         share = -(-n // peers.world)
         first = min(peers.rank * share, n)
-        own_BD = activations.rows(torch.arange(start + first, start + min(first + share, n)))
+        own_BD = evaluated.rows(torch.arange(start + first, start + min(first + share, n)))
         own_BD = own_BD.to(part.b_dec.device, part.b_dec.dtype)
         sums.add_of_replica(shared_by_rows(peers, own_BD, share, n), own_BD)
+        on_rows(start + n - mine.start, mine.stop - mine.start)
     sums.n_rows = n_rows
     return sums.metrics()
 

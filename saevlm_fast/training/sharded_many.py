@@ -19,6 +19,7 @@ from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.evaluated import EvaluatedRows, look_at
 from saevlm_fast.training.many import (
     Member,
     OnFinished,
@@ -32,7 +33,7 @@ from saevlm_fast.training.many import (
 )
 from saevlm_fast.training.memory import memory_of
 from saevlm_fast.training.process_group import MeshPeers
-from saevlm_fast.training.run import fitting, look_at
+from saevlm_fast.training.run import fitting
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.sharded_directory import SharedRunDirectory
 from saevlm_fast.training.sharded_evaluate import evaluate_shared
@@ -117,6 +118,7 @@ def train_many_shared(
     validation: Activations | None = None,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_finished: OnFinished = nothing_more,
 ) -> dict[str, Trained]:
@@ -127,7 +129,8 @@ def train_many_shared(
         activations: rows [N, d_in], the same for every rank.
         saes, config: what SAEs, and the recipe of each, by names that are also those of their directories.
         options: where the run goes; output is needed. The device is the rank's own.
-        validation: as of `train_many`; so are on_log, on_step, on_note, and on_finished, which rank 0 calls.
+        validation: as of `train_many`; so are on_log, on_step, on_evaluated, on_note, and on_finished, which rank 0
+            calls.
 
     Returns:
         As `train_many`: of the SAEs rank 0 has all of each, another rank its part.
@@ -139,7 +142,7 @@ def train_many_shared(
     first = next(iter(saes))
     for name, sae_config in saes.items():
         check_shardable(sae_config, recipes[name], peers.ranks)
-        activations, evaluated = fitting(activations, validation, sae_config)
+        activations, held_out = fitting(activations, validation, sae_config)
     device, group = resolve_device(options.device), group_of(options.output) if len(saes) > 1 else None
     with ExitStack() as stack:
         members: list[SharedMember] = []
@@ -154,7 +157,8 @@ def train_many_shared(
         for member in members:
             stack.enter_context(member.kept.locked())
             stack.enter_context(member.watch)
-        check_data(peers, activations, evaluated)
+        check_data(peers, activations, held_out)
+        evaluated = EvaluatedRows.of_run(activations, held_out, recipes[first])
         look_at(evaluated, recipes[first], whole=False, rank=peers.rank, world=peers.world)
         for member in members:
             member.begin()
@@ -164,7 +168,7 @@ def train_many_shared(
 
         def evaluate() -> list[Metrics]:
             own = [(part, member.shared.shard) for member, (part, _) in zip(members, parts)]
-            return [evaluate_shared(part, shard, peers.ranks, evaluated) for part, shard in own]
+            return [evaluate_shared(part, shard, peers.ranks, evaluated, on_evaluated) for part, shard in own]
 
         finished = [part if whole is None else whole for part, whole in parts]
         looks = on_finished if peers.rank == 0 else nothing_more

@@ -61,6 +61,7 @@ def train_from_images_shared(
     images_path: str,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_finished: OnFinished = nothing_more,
 ) -> dict[str, Trained]:
@@ -71,8 +72,8 @@ def train_from_images_shared(
         tower: of this rank, on its device. source: the images, the same for every rank.
         saes, config: what SAEs, and the recipe of each, by names.
         options: where the run goes; output is needed. The device is the rank's own.
-        stream, images_path: as of `train_from_images`; so are on_log, on_step, on_note, and on_finished, which rank 0
-            calls.
+        stream, images_path: as of `train_from_images`; so are on_log, on_step, on_evaluated, on_note, and on_finished,
+            which rank 0 calls.
 
     Returns:
         As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part.
@@ -85,7 +86,7 @@ def train_from_images_shared(
     recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
     check_controls(recipes)
     held_out = open_held_out(stream.validation_images, images_path)
-    kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_note, on_finished)
+    kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_evaluated, on_note, on_finished)
     with told_of_compiling(on_note):
         return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)
 
@@ -244,7 +245,13 @@ class SharedOnePass(OnePass):
         """Whether any rank was interrupted: all stop after the same step."""
         return self.peers.agree(interrupted.is_set())[0]
 
-    def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
+    def finish(
+        self,
+        held_out: ImageSource | None,
+        hooks: ExitStack,
+        on_evaluated: Callable[[int, int], None],
+        on_finished: OnFinished,
+    ) -> dict[str, Trained]:
         """Of all ranks, which evaluate the SAEs together; rank 0 puts them together and saves them."""
         members = [member for member in self.members if isinstance(member, SharedMember)]
         finished = [member.finish() for member in members]
@@ -253,7 +260,7 @@ class SharedOnePass(OnePass):
             with hooks:
                 parts = zip(members, finished)
                 sums = [SharedRowSums(part, member.shared.shard, self.peers.ranks) for member, (part, _) in parts]
-                return self._evaluated(sums, held_out)
+                return self._evaluated(sums, held_out, on_evaluated)
 
         saes = [part if whole is None else whole for part, whole in finished]
         return evaluated_all([*members], saes, evaluate, on_finished if self.peers.rank == 0 else nothing_more)

@@ -17,12 +17,12 @@ from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.evaluated import EvaluatedRows, look_at
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.run import (
     both,
     fitting,
     is_small,
-    look_at,
     mono_embeddings_of,
     take_steps,
     telling_what_is_kept,
@@ -49,6 +49,7 @@ def train_shared(
     mono_embeddings: Activations | None = None,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_evaluated: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_picture: "Callable[[SparseAutoencoder], Image | None]" = lambda sae: None,
 ) -> Metrics:
@@ -60,11 +61,13 @@ def train_shared(
         sae_config: what SAE.
         config: the recipe.
         options: where the run goes; output is needed. The device is the rank's own.
-        validation: rows on which the finished SAE is evaluated; the training rows otherwise.
-        mono_embeddings: as of `train`; so are on_log, on_step, on_note, and on_picture, which rank 0 calls.
+        validation: rows on which the finished SAE is evaluated; the training rows otherwise, as
+            of `train`.
+        mono_embeddings: as of `train`; so are on_log, on_step, on_evaluated, on_note, and on_picture, which rank 0
+            calls.
 
     Returns:
-        What `evaluate` says of the SAE over all validation rows, on every rank.
+        What `evaluate` says of the SAE on every rank.
 
     Raises:
         ValueError: as `train`; a setting that is for one process, fewer latents than ranks, ranks with
@@ -73,11 +76,12 @@ def train_shared(
     """
     check_shardable(sae_config, config, peers.ranks)
     assert options.output is not None
-    activations, evaluated = fitting(activations, validation, sae_config)
+    activations, held_out = fitting(activations, validation, sae_config)
+    evaluated = EvaluatedRows.of_run(activations, held_out, config)
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     kept = SharedRunDirectory(options.output, options.checkpoint_every, options.resume, options.force, peers)
     with kept.locked(), Watch(options.log_to) as watch:
-        check_data(peers, activations, evaluated, embeddings)
+        check_data(peers, activations, held_out, embeddings)
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
         state = ShardedState(activations, sae_config, config, device, peers, embeddings, options.data_on)
@@ -94,7 +98,7 @@ def train_shared(
             watch.pause()
             kept.save_whole(whole)
             with telling_what_is_kept(kept):
-                metrics = evaluate_shared(part, state.shard, peers.ranks, evaluated)
+                metrics = evaluate_shared(part, state.shard, peers.ranks, evaluated, on_evaluated)
         logged = {f"eval/{name}": value for name, value in metrics.items()}
         kept.finish(config.n_steps, logged)
         watch.finish(config.n_steps, logged, lambda: None if whole is None else on_picture(whole))
