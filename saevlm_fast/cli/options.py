@@ -26,8 +26,9 @@ import typer
 from rich.markup import escape
 
 from saevlm_fast.cli.ranks import check_shares, one_voice
-from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
+from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say, tell
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
+from saevlm_fast.data.passes import told_of_passes
 from saevlm_fast.errors import OtherSettings, did_you_mean, require
 from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.settings import (
@@ -136,7 +137,7 @@ def command(
         def from_command_line(**values: Any) -> None:
             options = arguments(name, cls, values)
             check_shares(name, shared)
-            with named_by_option(options), for_a_program(options.json), _bounded_cache(options):
+            with named_by_option(options), for_a_program(options.json), _bounded_cache(options), told_of_passes(tell):
                 if plan is not None and options.dry_run:
                     with one_voice():
                         planned = plan(options)

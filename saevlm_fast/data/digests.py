@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.matrix import will_need
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import cache_directory, sha256_file
 
@@ -68,7 +69,8 @@ class CheckedFiles:
 
     def check_all(self) -> None:
         """Compares all of them, in a few threads. ActivationError: as `check`. Ctrl-C ends it after a file each."""
-        self._check_in_threads([number for number, sound in enumerate(self._sound) if not sound])
+        waiting = [number for number, sound in enumerate(self._sound) if not sound]
+        self._check_in_threads(waiting, self._comparison(len(waiting)))
 
     def check_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
         """The same by several processes that all ask: those that see the same files, by inode and times of last change,
@@ -88,12 +90,17 @@ class CheckedFiles:
         sharing = [number for number, files in enumerate(seen) if files == seen[rank]]
         own = list(range(len(self.files)))[sharing.index(rank) :: len(sharing)]
         most = max(-(-len(files) // seen.count(files)) for files in seen)
+        comparison = self._comparison(len(own))
         for start in range(0, most, _AT_ONCE):
-            self._check_in_threads(own[start : start + _AT_ONCE])
+            self._check_in_threads(own[start : start + _AT_ONCE], comparison)
             collect(None)
         self._sound = [True] * len(self.files)
 
-    def _check_in_threads(self, waiting: Sequence[int]) -> None:
+    def _comparison(self, n_files: int) -> Pass:
+        folder = self.files[0].parent if self.files else Path()
+        return Pass(f"comparing {folder} with its digests", n_files, "files")
+
+    def _check_in_threads(self, waiting: Sequence[int], comparison: Pass) -> None:
         if not waiting:
             return
         with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1, len(waiting)), "digests") as pool:
@@ -101,6 +108,7 @@ class CheckedFiles:
             try:
                 for each in compared:
                     each.result()
+                    comparison.add(1)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -124,8 +132,10 @@ def check_digest(file: Path, found: str, recorded: str) -> None:
     require(found == recorded, message, ActivationError)
 
 
-def matrix_digest(x_ND: Tensor) -> str:
+def matrix_digest(x_ND: Tensor, name: str = "the activations") -> str:
     """SHA-256 of a matrix [N, d_in] on the host: its dtype, its width, and the digests of its rows, piece by piece.
+
+    name: what it is called while it is read, if that takes long.
 
     The same for the same rows, in whatever file they are or in memory. A few threads each hash pieces of 64 MB.
     """
@@ -137,9 +147,11 @@ def matrix_digest(x_ND: Tensor) -> str:
         return hashlib.sha256(part_ND.contiguous().view(torch.uint8).flatten().numpy().data).digest()
 
     digest = hashlib.sha256(f"{x_ND.dtype} {x_ND.shape[1]}".encode())
+    reading = Pass(f"digest of {name}", x_ND.nbytes >> 20, "MB")
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "digests") as pool:
         for part in pool.map(piece, range(0, len(x_ND), rows)):
             digest.update(part)
+            reading.add(_PIECE >> 20)
     return digest.hexdigest()
 
 

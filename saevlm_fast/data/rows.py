@@ -215,7 +215,7 @@ class Activations(StoredRows):
             return hashlib.sha256(listed.encode()).hexdigest()
         if self._key is None:
             return matrix_digest(self._tensors[0])
-        return remembered(self._file, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
+        return remembered(self._file, f"::{self._key}", lambda: matrix_digest(self._tensors[0], str(self.path)))
 
     def is_same_as(self, other: "Activations") -> bool:
         """Whether these are known to be the same rows without reading any: the same memory, one file, or stores of

@@ -8,7 +8,7 @@ own is later waits until the data has come that far.
 """
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.passes import told_of_passes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.outputs import workplace
@@ -236,6 +237,7 @@ def train_many(
 
     with ExitStack() as stack:
         stack.enter_context(closing(line))
+        stack.enter_context(told_of_passes(line.note) if progress else nullcontext())
         others = sum(needed.values()) - needed[first]
         lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on, others=others)
         members, group = [], group_of(options.output) if len(saes) > 1 else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.pairing import check_rows_of_same_images
+from saevlm_fast.data.passes import told_of_passes
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve_device, tf32_products
@@ -80,11 +81,12 @@ def train(
     evaluated = EvaluatedRows.of_run(activations, held_out, config)
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     line = ProgressLine(config.n_steps)
+    listening = told_of_passes(line.note) if progress else nullcontext()
     if progress:
         on_log, on_note = both(line.log, on_log), both(line.note, on_note)
         on_evaluated = both(line.evaluated, on_evaluated)
     kept = kept_of(options)
-    with kept.locked(), Watch(options.log_to) as watch:
+    with kept.locked(), Watch(options.log_to) as watch, listening:
         look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)

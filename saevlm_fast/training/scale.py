@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
@@ -65,8 +66,9 @@ def mean_of_rows(activations: Activations) -> Tensor:
     Raises:
         ActivationError: NaN or infinity, naming the row.
     """
+    reading = Pass(f"mean of {activations.path}", activations.n_rows, "rows")
     with closing(activations.chunks(_ROWS_AT_A_TIME)) as chunks:
-        return mean_of(x_BD for _, x_BD in chunks)
+        return mean_of(reading.each(x_BD for _, x_BD in chunks))
 
 
 def mean_of(batches: Iterable[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.peers import shared_chunks, summed
@@ -121,7 +122,9 @@ class ShardedState(TrainingState):
     def mean(self) -> Tensor:
         """Of all rows, of which each rank sums its own."""
         n_rows, total_D = self.activations.n_rows, torch.zeros(self.activations.d, dtype=torch.float64)
-        for _, x_BD in shared_chunks(self.peers, self.activations.chunks, n_rows, _ROWS_AT_A_TIME):
+        reading = Pass(f"mean of {self.activations.path}", -(-n_rows // self.peers.world), "rows")
+        own = shared_chunks(self.peers, self.activations.chunks, n_rows, _ROWS_AT_A_TIME)
+        for x_BD in reading.each(x_BD for _, x_BD in own):
             total_D += x_BD.double().sum(0)
         return (summed(self.peers, total_D.to(self.device)) / n_rows).float()
 
