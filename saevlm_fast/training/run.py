@@ -176,9 +176,13 @@ def mono_embeddings_of(given: Matrix | None, activations: Activations, config: T
 
 @contextmanager
 def telling_what_is_kept(kept: "RunDirectory | NothingKept") -> Iterator[None]:
-    """Around the evaluation: of rows that cannot be used, the error says that the SAE has been saved, and where."""
+    """Around the evaluation: of rows that cannot be used, or of Ctrl-C, the error says that the SAE has been saved, and
+    where."""
     try:
         yield
+    except KeyboardInterrupt:
+        again = "" if kept.path is None else "; evaluate it with --resume"
+        raise Interrupted(f"interrupted in the evaluation: {kept.saved()}{again}") from None
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {kept.saved()}") from error
 

@@ -1,5 +1,7 @@
 """The rows that the evaluation at the end of a run reads, and how far it is."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from command import run, run_json
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.training import evaluated
+from saevlm_fast.training.evaluate import RowSums
 from saevlm_fast.training.evaluated import EvaluatedRows
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import train
@@ -98,3 +102,29 @@ def test_a_long_evaluation_has_a_line_of_its_own(monkeypatch, capsys):
         "evaluation 20/40 rows  20 s left",
         "evaluation 40/40 rows  0 s left",
     ]
+
+
+@pytest.mark.parametrize("ks", ["2", "2,3"])
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, ks):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 8)).astype(np.float32))
+    given = ("--activations", tmp_path / "x.npy", "--steps", 2, "--batch-size", 64, "--expansion", 2, "--k", ks)
+    with monkeypatch.context() as patched:
+        patched.setattr(RowSums, "add", stop)
+        text = run("train", *given, "--output", tmp_path / "out", code=130)
+    assert "interrupted in the evaluation: the SAE is finished and saved in" in text
+    (again,) = (line.partition("saevlm-fast ")[2] for line in text.splitlines() if "continue with: " in line)
+    done = run(*shlex.split(again))
+    assert "all steps are done" in done or "," in ks
+    assert run("train", *given, "--output", tmp_path / "alone").splitlines()[-8:-2] == done.splitlines()[-8:-2]
+
+
+def test_an_evaluation_that_is_interrupted_in_memory():
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    x_ND = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Interrupted, match=r"^interrupted in the evaluation: nothing was saved$"):
+        train(x_ND, SAEConfig(8, 16, 4), steps=2, batch_size=64, on_evaluated=stop)
