@@ -42,7 +42,10 @@ _KEPT_BYTES = 1 << 30
 def untrained_like(
     sae: SparseAutoencoder, activations: Matrix, seed: int = FIRST_SEED
 ) -> tuple[SparseAutoencoder, float]:
-    """An untrained BatchTopK SAE of the same size, whose threshold gives the L0 of `sae`; and that L0.
+    """An untrained SAE of the same size that selects as `sae` does and has its L0; and that L0.
+
+    Of a TopK SAE it is one of TopK, k the L0 rounded; of any other one of BatchTopK, whose threshold gives the L0. A
+    threshold instead of k for each row would let some rows have many latents and others none, which moves the score.
 
     Random unit directions as every training here begins with (W_enc = W_dec^T, b_enc = 0); b_dec is the mean of the
     rows, where the recipe has their geometric median.
@@ -58,16 +61,22 @@ def untrained_like(
     x_nD = activations.rows(drawn).to(sae.b_dec)
     n_entries = int((inferred(sae, x_nD).top_acts > 0).sum())
     l0 = n_entries / n
-    sized = SAEConfig(config.d_in, config.d_sae, min(max(1, round(l0)), config.d_sae), "batch_topk")
+    is_topk = config.architecture == "topk"
+    k, architecture = min(max(1, round(l0)), config.d_sae), "topk" if is_topk else "batch_topk"
+    sized = SAEConfig(config.d_in, config.d_sae, k, architecture)
     untrained = SparseAutoencoder(sized, device=sae.b_dec.device, dtype=sae.b_dec.dtype, random=False)
     untrained.reset_parameters(seed)
     with torch.no_grad():
         untrained.b_dec.copy_(x_nD.mean(0))
-        pre_nS = (x_nD - untrained.b_dec) @ untrained.W_enc
-        kept = pre_nS.flatten().topk(min(n_entries + 1, pre_nS.numel())).values
-        between = (kept[-1] + kept[max(len(kept) - 2, 0)]) / 2
-        untrained.threshold.copy_(between.clamp(min=0))
+        if not is_topk:
+            untrained.threshold.copy_(_threshold_for(n_entries, (x_nD - untrained.b_dec) @ untrained.W_enc))
     return untrained.eval(), l0
+
+
+def _threshold_for(n_entries: int, pre_nS: Tensor) -> Tensor:
+    """Above which so many are."""
+    kept = pre_nS.flatten().topk(min(n_entries + 1, pre_nS.numel())).values
+    return ((kept[-1] + kept[max(len(kept) - 2, 0)]) / 2).clamp(min=0)
 
 
 @dataclass(frozen=True)

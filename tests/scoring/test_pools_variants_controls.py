@@ -263,10 +263,26 @@ def test_untrained_has_the_same_l0(trained):
     x_ND, _, sae = trained
     untrained, l0 = untrained_like(sae, x_ND, seed=4)
     assert l0 == 3.0
-    assert float(untrained.encode(x_ND).l0().double().mean()) == pytest.approx(3.0, abs=1e-9)  # all rows were drawn
+    assert untrained.config.architecture == "topk"
+    assert (untrained.encode(x_ND).l0() == 3).all(), "every row of a TopK SAE has k latents, and of its control too"
     again, _ = untrained_like(sae, x_ND, seed=4)
     assert torch.equal(again.W_enc, untrained.W_enc)
     assert not torch.equal(untrained_like(sae, x_ND, seed=5)[0].W_enc, untrained.W_enc)
+
+
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "jumprelu", "relu"])
+def test_untrained_of_a_threshold_has_the_same_l0_on_average(trained, architecture):
+    x_ND, _, _ = trained
+    sae = SparseAutoencoder(
+        SAEConfig(D_IN, D_SAE, 3, architecture, (8, D_SAE - 8) if architecture == "matryoshka" else ())
+    )
+    sae.reset_parameters(77)
+    if sae.config.architecture != "relu":
+        sae.threshold.data.fill_(0.5)
+    l0_of_sae = float((sae.eval().encode(x_ND).dense() > 0).double().sum(1).mean())
+    untrained, l0 = untrained_like(sae, x_ND, seed=4)
+    assert l0 == pytest.approx(l0_of_sae)
+    assert float(untrained.encode(x_ND).l0().double().mean()) == pytest.approx(l0, abs=1e-9)  # all rows were drawn
 
 
 @pytest.mark.parametrize("n_controls", [1, 2])
