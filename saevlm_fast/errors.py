@@ -123,6 +123,11 @@ class OtherSettings(ValueError):
         return f"resume: {called(section, first)} is {value}, but the run was started with {before}{more}"
 
 
+def size_text(n_bytes: int) -> str:
+    """MB, or GB."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'steps'?`, or nothing where no known one is near."""
     import difflib

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast.errors import printable, require
+from saevlm_fast.errors import printable, require, size_text
 from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of, write_json_atomic
 from saevlm_fast.records import is_name
 from saevlm_fast.urls import redacted_text
@@ -56,6 +56,14 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
+
+
+def check_room(output: Path, needed: int, what: str) -> None:
+    """ValueError: so many bytes are not free where it goes. what: takes them, with its verb."""
+    there = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
+    total, _, free = shutil.disk_usage(there)
+    message = f"output: {what} {size_text(needed)}, and {size_text(free)} are free on the disk of {output}"
+    require(needed <= free or total == 0, message)  # some file systems over a network know no size
 
 
 def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:

@@ -70,7 +70,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
     taxonomy: Path | None = setting(None, help="Path of every label from the root: FILE.json or FILE.csv.")
     controls: tuple[str, ...] = setting(
         (),
-        help=f"Measured beside, at the same L0: all, or of {', '.join(CONTROLS)}.",
+        help=f"Measured beside, at the same L0 (of kmeans one cluster fires): all, or of {', '.join(CONTROLS)}.",
         parse=_controls,
         shown="none",
     )
@@ -274,7 +274,10 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
 
 
 def plan(options: EvaluateArguments) -> Plan:
-    """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
+    """What would be measured; the time of encoding alone, from a batch of rows, a control taken to be as slow as an SAE.
+
+    How long the measures take, which is longer where rows are few, is not known before they are made.
+    """
     import time
 
     from saevlm_fast.sae import SparseAutoencoder, inferred
@@ -309,7 +312,7 @@ def plan(options: EvaluateArguments) -> Plan:
             **replaced_figures(options.output, options.force),
             **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample) + sums),
             **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
-            "encoding_seconds": seconds,
+            "encoding_alone_seconds": seconds,
         },
     )
 

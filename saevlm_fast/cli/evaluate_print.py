@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MARK = "  NO"  # after a measure that does not separate
 _HARDEST = ("untrained", "soft-frozen")  # a measure that does not separate from these says nothing of learning
 _SHORT = {
-    "better, seeds missing": "better",
+    "better, seeds missing": "better?",
     "does not separate: not better": "NO",
     "does not separate: not better at matched counts": "NO",
 }
@@ -42,7 +42,7 @@ def print_evaluation(evaluation: "Evaluation", inputs: "Inputs") -> None:
     if not judged:
         say("no controls: nothing here tells what was learned; --controls all makes some")
     if any("seeds missing" in each for each in judged):
-        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
+        say("better?: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
     seeds = {each.subject.name: each.subject.seed for each in evaluation.results}
     for pair in evaluation.compared:
         seed = seeds[pair["first"]]

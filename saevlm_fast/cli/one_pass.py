@@ -20,7 +20,7 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
-from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
+from saevlm_fast.cli.terminal import TrainBar, metric_text, print_table, say, tell
 from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, summarise
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
@@ -230,7 +230,7 @@ def _told(options: "TrainArguments", trained: "dict[str, Trained]", note: str) -
     metrics = dict(trained[""].metrics)
     rows = metrics.pop("rows")
     say(f"evaluation on {rows:,} {kind} rows")
-    print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
+    print_table(("measure", "value"), ((name, metric_text(value)) for name, value in metrics.items()))
     say(note, f"wrote {options.output}")
     return {
         "output": str(options.output),

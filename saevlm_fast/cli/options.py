@@ -138,6 +138,7 @@ def command(
             options = arguments(name, cls, values)
             check_shares(name, shared)
             with named_by_option(options), for_a_program(options.json), _bounded_cache(options), told_of_passes(tell):
+                _check_output_is_not_read(options)
                 if plan is not None and options.dry_run:
                     with one_voice():
                         planned = plan(options)
@@ -155,6 +156,23 @@ def command(
         return function
 
     return add
+
+
+def _check_output_is_not_read(options: Any) -> None:
+    """ValueError: --output is what another option names, also by another path; --force would have replaced it."""
+    output = getattr(options, "output", None)
+    if not isinstance(output, Path) or not output.exists():
+        return
+    for field, known in ordered(type(options)):
+        value = getattr(options, field)
+        if field == "output" or value == default_of(type(options), field):
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            is_same = isinstance(each, str | Path) and "\0" not in str(each) and Path(each).exists()
+            require(
+                not (is_same and output.samefile(each)),
+                f"output: {output} is {flag_of(field, known)} as well; what is read cannot be replaced",
+            )
 
 
 @contextmanager

@@ -84,17 +84,20 @@ def report(options: ReportArguments) -> dict[str, Any]:
 def _told(made: "Made", options: ReportArguments) -> dict[str, Any]:
     if made.n_missing:
         warn(
-            f"{made.n_missing:,} of {made.n_images:,} images are missing, shown as placeholders; --images re-roots them"
+            f"{made.n_missing:,} of {made.n_shown:,} images that it shows are missing, shown as placeholders; --images re-roots them"
         )
     for name, why in made.left_out.items():
         say(f"left out: {name}: {why}")
     page = options.output if options.single_file else options.output / "index.html"
-    say(f"{made.n_latents:,} latents, {made.n_images:,} images, {made.n_bytes / 1e6:.1f} MB; open {page}")
+    say(
+        f"{made.n_latents:,} latents, {made.n_shown:,} of {made.n_images:,} images shown, {made.n_bytes / 1e6:.1f} MB; open {page}"
+    )
     return {
         "output": str(options.output),
         "page": str(page),
         "latents": made.n_latents,
         "images": made.n_images,
+        "images_shown": made.n_shown,
         "missing": made.n_missing,
         "bytes": made.n_bytes,
         "left_out": made.left_out,

@@ -19,7 +19,7 @@ def figures_of(
     """JSON: the summary by the first encoder; with several, that of each, and their rank agreement."""
     from saevlm_fast.scoring.trust import rank_agreement
 
-    found = {name: _summary_figures(each.summary()) | _interval_figures(each) for name, each in scores.items()}
+    found = {name: _summary_figures(each) | _interval_figures(each) for name, each in scores.items()}
     figures = dict(next(iter(found.values())))
     if len(found) > 1:
         figures["encoders"] = found
@@ -30,10 +30,12 @@ def figures_of(
     return figures
 
 
-def _summary_figures(summary: "ScoreSummary") -> dict[str, Any]:
-    figures = asdict(summary)
+def _summary_figures(scores: "MonosemanticityScores") -> dict[str, Any]:
+    figures = asdict(scores.summary())
     for name in ("best_latents", "worst_latents"):
-        figures[name] = [{"latent": latent, "ms": ms} for latent, ms in figures[name]]
+        figures[name] = [
+            {"latent": latent, "ms": ms, "n_active": int(scores.n_active[latent])} for latent, ms in figures[name]
+        ]
     if "guarded_best" in figures:
         figures["guarded_best"] = {name: _number(x) for name, x in figures["guarded_best"]._asdict().items()}
         for name in ("mean_interval", "mean_with_null_interval"):
@@ -55,7 +57,7 @@ def _comparison_figures(comparison: "Comparison") -> dict[str, Any]:
         "matched": _stratum_figures(comparison.matched),
         "strata": [_stratum_figures(each) for each in comparison.strata],
         "by_seed": [_number(x) for x in comparison.by_seed],
-        "untrained": [_summary_figures(each.summary()) for each in comparison.controls],
+        "untrained": [_summary_figures(each) for each in comparison.controls],
     }
 
 
@@ -87,7 +89,7 @@ def print_scores(
 
 def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
     from saevlm_fast.scoring.patch_score import PatchScores
-    from saevlm_fast.scoring.trust import TrustedScores
+    from saevlm_fast.scoring.trust import FEWEST_IMAGES, TrustedScores
 
     summary = scores.summary()
     variant = "" if scores.variant == "paper" else f"{scores.variant}, "
@@ -104,9 +106,12 @@ def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
     if not summary.best_latents:
         say(f"no latent has a defined score ({summary.n_images:,} images)")
         return
+    often = scores.summary(fewest_images=FEWEST_IMAGES)  # a latent on two images has a high score by luck
+    on = f" on {FEWEST_IMAGES} images or more" if often.best_latents else ""
+    summary = often if often.best_latents else summary
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
         listed = "  ".join(f"{latent}: {value:.3f} ({int(scores.n_active[latent]):,})" for latent, value in extremes)
-        say(f"{label} latents (images it fires on)  {listed}")
+        say(f"{label} latents{on} (images it fires on)  {listed}")
 
 
 def _certainty_rows(summary: "TrustSummary") -> list[tuple[str, str]]:

@@ -161,6 +161,18 @@ def _kinds(options: SteerabilityArguments, inputs: Inputs) -> "list[tuple[Units,
     return kinds
 
 
+def _too_few(units: int, controls: int) -> str | None:
+    """What is lost where there are fewer random directions than tell who is steerable."""
+    from saevlm_fast.clip_steering.steerability import ENOUGH
+
+    if not 0 < units * controls < ENOUGH:
+        return None
+    return (
+        f"{units} x {controls} random directions are too few to call one steerable, which takes {ENOUGH}: "
+        f"--controls {-(-ENOUGH // units)}"
+    )
+
+
 def plan(options: SteerabilityArguments) -> Plan:
     """What would be asked; the time from one block of units."""
     import time
@@ -179,10 +191,10 @@ def plan(options: SteerabilityArguments) -> Plan:
         asking = Asking(stream, inputs.source, inputs.vocabulary, options.part(SteerabilityConfig), {})
         units, chosen = kinds[0]
         steering = Steering(stream, asking.asked, units, inputs.vocabulary, options.controls)
-        few = chosen[: steering.at_once]
+        block = chosen[: steering.at_once]
         start = time.perf_counter()
-        steering.changes(few, few.float())
-        seconds = (time.perf_counter() - start) / len(few)
+        steering.changes(block, block.float())
+        seconds = (time.perf_counter() - start) / len(block)
         shape = asking.asked[0].x_BTD[0].numel()
     return Plan(
         f"steerability of {sum(asked[:n_saes]):,} latents of {', '.join(map(str, options.sae))} in {options.model}",
@@ -192,6 +204,7 @@ def plan(options: SteerabilityArguments) -> Plan:
             "latents": sum(asked[:n_saes]),
             "neurons": sum(asked[n_saes:]),
             "passes_of_an_image": passes * asking.n_images,
+            **({"warning": few} if (few := _too_few(min(asked), options.controls)) else {}),
             **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images), free),
             **disk_figures(options.output, _ROW_BYTES * sum(len(chosen) for _, chosen in kinds)),
             "time_seconds": seconds * sum(asked),
@@ -235,6 +248,8 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
         for (units, chosen), reference in zip(kinds, known):
             alive = int((reference.density_S[chosen] > 0).sum())
             total = min(alive, config.screen or alive)
+            if few := _too_few(total, config.controls):
+                warn(f"{units.kind}s: {few}")
             with interruptible() as interrupted, Bar(f"{units.kind}s", total, f"{units.kind}s") as bar:
                 parts, subject = Parts(progress), f"{units.kind}-{len(found)}"
                 found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
@@ -291,12 +306,14 @@ def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str
     rows |= {"neurons": figures["neurons"]} if options.neurons else {}
     lines = [(kind, *(_cell(row[name]) for name in (*names, "specificity"))) for kind, row in rows.items()]
     print_wide_table(("", *names, "specificity"), lines)
+    from saevlm_fast.clip_steering.steerability import ENOUGH
+
     for kind, row in rows.items():
         if row["asked"] == 0:
             say(f"{kind}: none of {row['units']:,} fires on the images, so that none is asked about")
         elif row["steerable"]["value"] is None:
             say(
-                f"{kind}: {row['random_directions']} random directions are too few to call one so; 100 are needed"
+                f"{kind}: {row['random_directions']} random directions are too few to call one so; {ENOUGH} are needed"
                 " (--controls)"
             )
     callable_ones = figures["latents"]["steerable"]["value"] is not None

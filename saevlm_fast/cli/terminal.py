@@ -209,6 +209,11 @@ class Bar:
         self.last_line = now
 
 
+def metric_text(value: float) -> str:
+    """With four decimals; of what is large, four digits."""
+    return f"{value:.4f}" if not abs(value) >= 1e6 else f"{value:.3e}"
+
+
 class TrainBar(Bar):
     """Of a training run: told of every step, and of the metrics of some."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from saevlm_fast.clip_steering.screening import screened
 from saevlm_fast.clip_steering.steerability import (
     CHANCE,
+    ENOUGH,
     Changes,
     Reference,
     ReferenceSums,
@@ -151,7 +152,7 @@ class Asking:
             nearest_J = nearest_in_density(known.density_S[asked_J].numpy())
             columns["s_density"] = np.where(nearest_J >= 0, changes.s[nearest_J], np.nan)
         table = self._table(units, known, chosen_J, asked_J, columns, linear_S)
-        enough = n_random + 1 >= 1 / CHANCE
+        enough = n_random >= ENOUGH
         steerable = share(columns["chance"] <= CHANCE) if found and enough else share(np.zeros(0, bool))
         figures: Figures = {
             "units": len(chosen_J),

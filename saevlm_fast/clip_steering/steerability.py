@@ -30,6 +30,7 @@ from saevlm_fast.errors import require
 
 QUANTILE = 0.99  # of a unit's values above 0, that alpha multiplies
 CHANCE = 0.01
+ENOUGH = round(1 / CHANCE) - 1  # random directions in all, from which a unit above all of them is 1 in 100
 NEAREST = 199  # controls that a unit is held against; with 99, the largest of all would just be 1 in 100
 
 

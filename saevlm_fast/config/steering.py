@@ -79,7 +79,7 @@ class SteerabilityConfig(Settings):
     tokens: Literal["patches", "all", "cls"] = setting("patches", help="Tokens on which it is moved.")
     ask: int = setting(64, help="Images asked about, evenly spaced.", at_least=1)
     n_reference: int = setting(512, help="Images behind the percentiles, evenly spaced.", at_least=1)
-    controls: int = setting(1, help="Random directions a unit; 100 in all tell who is steerable.", at_least=1)
+    controls: int = setting(1, help="Random directions a unit; 99 in all tell who is steerable.", at_least=1)
     screen: int | None = setting(
         None, help="Ask only about so many, the largest by one linear step.", shown="all", at_least=1
     )

@@ -26,7 +26,7 @@ from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.images.batches import Batch
 from saevlm_fast.images.sources import ImageSource
-from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
+from saevlm_fast.outputs import LOCK_FILE, begin_replacement, check_room, is_being_swapped, publish, settle, workplace
 from saevlm_fast.records import (
     FILE_NAME,
     TEXT,
@@ -116,6 +116,7 @@ class HarvestStores:
             self._check_room()
             begin_replacement(self.output)
         self.place = workplace(self.output)
+        self._check_disk()
 
     def begin(self) -> None:
         """Rank 0: harvest.json and empty stores, or those that are there, with whole units.
@@ -159,6 +160,17 @@ class HarvestStores:
             free = name in ours or not os.path.lexists(there)
             require(free, f"output: {there} is there and not of the harvest that --force replaces")
 
+    def _check_disk(self) -> None:
+        """ValueError: there is less room than rows take, where their number is known before they are made."""
+        plan = self.plan
+        if plan.sae is not None or plan.config.is_language:
+            return
+        itemsize = plan.config.torch_store_dtype.itemsize
+        row_bytes = sum(store.rows_per_image * store.width * itemsize for store in plan.stores)
+        there = sum(file.stat().st_size for file in self.place.rglob("shard-*.safetensors"))  # of one that goes on
+        whole = int(plan.n_images * (1 - plan.options.max_skipped))  # the others may be unusable
+        check_room(self.output, whole * row_bytes - there, "what is left to write takes")
+
     def _path(self, store: PlannedStore) -> Path:
         """Where the store is now."""
         return self.place / store.path.relative_to(self.output)
@@ -194,8 +206,8 @@ class HarvestStores:
         last = json.loads(self.skipped[-1])
         raise ValueError(
             f"max_skipped: {len(self.skipped)} of {n_images} images could not be used, more than {limit:.2%}; listed "
-            f"in {self.place / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}; resume with a higher "
-            "max_skipped goes on"
+            f"in {self.place / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}; a higher max_skipped "
+            "(--max-skipped) and resume (--resume) go on"
         )
 
     def write_unit(self, unit: int, pieces: UnitPieces) -> None:

@@ -53,11 +53,12 @@ class Watcher(Protocol):
 
 
 class Made(NamedTuple):
-    """What a report shows: its files' bytes, images shown and missing, latents. left_out: of what it lacks, why."""
+    """What a report shows: its files' bytes, images, those shown and those missing, latents. left_out: of what it lacks, why."""
 
     output: Path
     n_bytes: int
     n_images: int
+    n_shown: int
     n_missing: int
     n_latents: int
     problem: str | None
@@ -172,7 +173,8 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
     n_bytes = sum(file.stat().st_size for name in PARTS for file in (place / name).rglob("*") if file.is_file())
     missing = len(images.missing) if images.wanted else 0
     problem = images.problem if images.wanted else None
-    return Made(place, n_bytes, len(tiles), missing, n_latents, problem, _left_out(settings, inputs, panels))
+    n_images = inputs.subjects[0].table.n_images
+    return Made(place, n_bytes, n_images, len(tiles), missing, n_latents, problem, _left_out(settings, inputs, panels))
 
 
 def _left_out(settings: ReportSettings, inputs: Inputs, panels: list[Panel]) -> dict[str, str]:

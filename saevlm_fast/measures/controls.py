@@ -77,11 +77,18 @@ def make_controls(
         for seed in range(n_seeds if name in SEEDED else 1):
             model = _MAKERS[name](wanted, FIRST_SEED + seed, activations, moments)
             record: dict[str, Any] = {"l0_wanted": wanted.l0, "latents": len(model.W_dec)}
-            text = f"{name} {seed} {wanted[:4]} {activations.digest()}"
+            text = f"{name} {seed} {_made_of(name, wanted, activations.d)} {activations.digest()}"
             label = f"{name} {seed + 1}" if name in SEEDED and n_seeds > 1 else name
             digest = hashlib.sha256(text.encode()).hexdigest()
             found.append(Subject(label, "control", model, group, digest, name, seed, record))
     return found
+
+
+def _made_of(name: str, wanted: Wanted, d: int) -> tuple[Any, ...]:
+    """What decides a control: groups for which it is the same share its measures."""
+    if name == "untrained":
+        return tuple(wanted[:4])
+    return (wanted.d_sae,) if name == "kmeans" else (wanted.k(d),)
 
 
 def controls_of_ranks(

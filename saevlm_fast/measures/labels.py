@@ -61,7 +61,8 @@ def labels_of_latents(
 
 def beside_null(nulls: list[Figures], how: str) -> Figures:
     """Means of the figures of repeated selections."""
-    means = {name: float(np.mean([null[name] for null in nulls])) for name in AVERAGED} if nulls else {}
+    known = {name: [null[name] for null in nulls if math.isfinite(null[name])] for name in AVERAGED} if nulls else {}
+    means = {name: float(np.mean(values)) if values else math.nan for name, values in known.items()}
     return {"null": means, "null_is": f"{how}, the whole selection repeated {len(nulls)} times"}
 
 

@@ -139,6 +139,7 @@ class Measuring:
     def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted, peers: Peers | None = None) -> None:
         self.inputs, self.parts, self.tell, self.counted, self.peers = inputs, parts, tell, counted, peers
         self.left_out = inputs.left_out()
+        self._by_digest: dict[str, dict[str, Measured]] = {}  # of controls
 
     def key(self, subject: Subject, name: str) -> str:
         """Of a part: only what the measure reads."""
@@ -160,6 +161,11 @@ class Measuring:
         """All measures; and the codes, if they had to be made."""
         names = self.inputs.names()
         found = {name: self.read(subject.name, name, self.key(subject, name)) for name in names}
+        twin = self._by_digest.get(subject.digest, {})  # raw dimensions of the same L0 are those of another group too
+        for name in names:
+            if found[name] is None and name in twin:
+                found[name] = twin[name]
+                self.write(subject.name, name, self.key(subject, name), twin[name])
         codes, missing = None, [name for name in names if found[name] is None]
         if missing:
             codes, reconstruction = self.encode(subject)
@@ -168,8 +174,10 @@ class Measuring:
                 found |= {name: self._made(name, subject, codes, works) for name in missing}
             else:
                 found |= self._made_by_ranks(self.peers, missing, subject, codes, works)
-        done = {name: found[name] for name in names}
-        return _result(subject, {name: part for name, part in done.items() if part is not None}), codes
+        done = {name: part for name in names if (part := found[name]) is not None}
+        if subject.kind == "control":
+            self._by_digest[subject.digest] = done
+        return _result(subject, done), codes
 
     def read(self, subject: str, name: str, key: str) -> Measured | None:
         """A finished part, as rank 0 finds it."""

@@ -21,6 +21,7 @@ from saevlm_fast.measures.codes import TOP, KeptCodes
 from saevlm_fast.measures.results import Figures
 
 CANDIDATES = 8
+LEAST_LABELS = 5  # of which a mean of top images is told, if there are so many
 _MOST_STEPS = 60
 _BLOCK_ENTRIES = 4_000_000
 
@@ -135,7 +136,7 @@ def told_by_one_latent(
     Args:
         choosing, held_out: codes and labels of both halves. latents_Q, labels_Q: candidates, labels ascending.
     """
-    nothing = {"R": math.nan, "top16_purity": math.nan, "labels": 0, "status": "too few"}
+    nothing = {"R": math.nan, "top16_purity": math.nan, "top16_labels": 0, "labels": 0, "status": "too few"}
     if not len(labels_Q):
         return labels_Q, latents_Q, nothing
     fits = fit(*choosing, latents_Q, labels_Q)
@@ -146,10 +147,12 @@ def told_by_one_latent(
     loss = _table(*held_out, latents, which, found.scale_Q).loss(found.weight_Q, found.bias_Q)
     zeros = np.zeros(len(which))
     bias = _table(*held_out, latents, which, None).loss(zeros, _logit(choosing[1], which))
+    top16_purity, n_top16 = _top_purity(*held_out, latents, which)
     figures: Figures = {
         "R": 1 - float(loss.sum() / bias.sum()),
         "interval_R": _interval(loss, bias),
-        "top16_purity": _top_purity(*held_out, latents, which),
+        "top16_purity": top16_purity,
+        "top16_labels": n_top16,
         "labels": len(which),
         "status": "defined",
     }
@@ -165,14 +168,15 @@ def _interval(loss: np.ndarray, bias: np.ndarray, times: int = 1000) -> list[flo
     return [float(each) for each in np.quantile(1 - (drawn @ loss) / (drawn @ bias), [0.025, 0.975])]
 
 
-def _top_purity(codes: KeptCodes, labels: LabelSet, latents: np.ndarray, which: np.ndarray) -> float:
-    """Mean share of the label among the 16 most active images; latents on fewer are left out, NaN if all are."""
+def _top_purity(codes: KeptCodes, labels: LabelSet, latents: np.ndarray, which: np.ndarray) -> tuple[float, int]:
+    """(mean share of the label among the 16 most active images, labels that it is of): latents on fewer images are left
+    out, and where fewer than LEAST_LABELS are left it is NaN."""
     able, images_TP = codes.top_images(TOP)
     place_S = np.full(codes.n_latents, -1)
     place_S[able] = np.arange(len(able))
     kept = place_S[latents] >= 0
-    if not kept.any():
-        return math.nan
+    if kept.sum() < min(LEAST_LABELS, max(len(which), 1)):
+        return math.nan, int(kept.sum())
     images = images_TP[place_S[latents[kept]]].astype(np.int64)
     keys = labels.images_M * len(labels.names) + labels.labels_M
-    return float(np.isin(images * len(labels.names) + which[kept][:, None], keys).mean())
+    return float(np.isin(images * len(labels.names) + which[kept][:, None], keys).mean()), int(kept.sum())

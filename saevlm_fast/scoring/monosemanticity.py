@@ -92,13 +92,17 @@ class MonosemanticityScores:
         metadata |= {} if self.variant == "paper" else {"variant": self.variant}
         return pa.table(columns).replace_schema_metadata(metadata)
 
-    def summary(self, n_extreme: int = 10) -> "ScoreSummary":
-        """Statistics of the defined scores and the n_extreme best and worst latents (ties to the lower latent)."""
-        latents = torch.nonzero(self.status == STATUSES.index("defined")).squeeze(1)
-        scores, order = self.ms[latents].sort(descending=True, stable=True)
-        best = [(int(latents[i]), float(self.ms[latents[i]])) for i in order[:n_extreme]]
-        ascending = self.ms[latents].sort(stable=True).indices[:n_extreme]
-        worst = [(int(latents[i]), float(self.ms[latents[i]])) for i in ascending]
+    def summary(self, n_extreme: int = 10, fewest_images: int = 0) -> "ScoreSummary":
+        """Statistics of the defined scores and the n_extreme best and worst latents (ties to the lower latent).
+
+        fewest_images: on which a latent fires that may be one of these.
+        """
+        defined_S = self.status == STATUSES.index("defined")
+        scores = self.ms[defined_S].sort(descending=True).values
+        latents = torch.nonzero(defined_S & (self.n_active >= fewest_images)).squeeze(1)
+        ranked = self.ms[latents]
+        orders = (ranked.sort(descending=down, stable=True).indices[:n_extreme] for down in (True, False))
+        best, worst = ([(int(latents[i]), float(ranked[i])) for i in order] for order in orders)
         counts = torch.bincount(self.status.long(), minlength=len(STATUSES)).tolist()
         nan = float("nan")
         return ScoreSummary(

@@ -165,9 +165,9 @@ class TrustedScores(MonosemanticityScores):
             table = table.append_column(name, pa.array(values_S.numpy()))
         return table.replace_schema_metadata({**(table.schema.metadata or {}), "mean_cosine": repr(self.mean_cosine)})
 
-    def summary(self, n_extreme: int = 10) -> TrustSummary:
+    def summary(self, n_extreme: int = 10, fewest_images: int = 0) -> TrustSummary:
         """Statistics of the defined scores; extremes as MonosemanticityScores.summary, unguarded."""
-        plain = super().summary(n_extreme)
+        plain = super().summary(n_extreme, fewest_images)
         n_latents, n_defined = len(self.ms), plain.counts["defined"]
         total = float(self.ms.nan_to_num(0.0).sum()) + (n_latents - n_defined) * self.mean_cosine
         with_null = total / n_latents if n_latents else math.nan

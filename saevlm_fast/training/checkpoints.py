@@ -314,7 +314,11 @@ class RunDirectory:
         """What is left of the run if it ends now."""
         self.wait()
         last = latest_checkpoint(self.path)
-        return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+        return (
+            f"the last good checkpoint is {last}"
+            if last
+            else "no checkpoint had been written, so that force replaces it"
+        )
 
     def _metrics_so_far(self) -> dict[str, Any]:
         """What the checkpoint remembers of the log, which must then be on the disk as well."""

@@ -1,11 +1,10 @@
 """What training takes in memory and on the disk, which is arithmetic, and whether there is room."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saevlm_fast.config import PENALISED
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -82,17 +81,12 @@ def check_disk(output: Path, saes: "Iterable[SAEConfig]") -> None:
     Raises:
         ValueError: there is not, with what is needed and what is free.
     """
+    from saevlm_fast.outputs import check_room
+
     parts = [training_disk(sae, n_checkpoints=1) for sae in saes]
     needed, n = sum(parts), len(parts)
     what = "the SAE with a checkpoint takes" if n == 1 else f"{n} SAEs with their checkpoints take"
-    there = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
-    total, _, free = shutil.disk_usage(there)
-    free += _unfinished_bytes(output)
-    # Some file systems over a network know no size.
-    require(
-        needed <= free or total == 0,
-        f"output: {what} {_gb(needed)}, and {_gb(free)} are free on the disk of {output}",
-    )
+    check_room(output, needed - _unfinished_bytes(output), what)
 
 
 def _unfinished_bytes(output: Path) -> int:
@@ -125,8 +119,8 @@ def check_memory(device: "torch.device", needed: "Mapping[str, int]") -> None:
     largest = max(needed, key=lambda name: needed[name])
     require(
         free is None or total <= free,
-        f"memory: {len(needed)} together take {_gb(total)}, and {_gb(free or 0)} are free on {device}; the largest is "
-        f"{largest}, {_gb(needed[largest])}",
+        f"memory: {len(needed)} together take {size_text(total)}, and {size_text(free or 0)} are free on {device}; the largest is "
+        f"{largest}, {size_text(needed[largest])}",
     )
 
 
@@ -157,11 +151,7 @@ def rows_go_to_device(
     fits = free is None or rows + training + spare <= free
     require(
         fits or data_on == "auto",
-        f"data_on: device, but the rows take {_gb(rows)} there and training {_gb(training)}, "
-        f"and {_gb(free or 0)} are free on {device}; host reads them from where they are",
+        f"data_on: device, but the rows take {size_text(rows)} there and training {size_text(training)}, "
+        f"and {size_text(free or 0)} are free on {device}; host reads them from where they are",
     )
     return fits
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

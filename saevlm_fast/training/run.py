@@ -137,9 +137,10 @@ def fitting(
 ) -> tuple[Activations, Activations | None]:
     """What is trained on, and what is held out.
 
-    ValueError: no activations, or of another width than an SAE; nothing held out where something should be.
+    ValueError: no activations, a single row, or of another width than an SAE; nothing held out where something should be.
     """
     train_on = activations_of(activations, "activations")
+    require(train_on.n_rows > 1, f"activations: {train_on.path} has one row: there is nothing to learn")
     held_out = None if validation is None else activations_of(validation, "validation")
     if held_out is not None:
         check_held_out(train_on, train_on if validation is activations else held_out)

@@ -87,15 +87,18 @@ def scale_of(batches: Iterable[Tensor], mean_D: Tensor | None, where: object) ->
     where: that they are from, for messages.
 
     Raises:
-        ValueError: nothing but zeros, or but the mean.
+        ValueError: nothing but zeros, or but the mean, or one row again and again.
     """
-    squared, n_rows, first_BD = 0.0, 0, None
+    squared, n_rows, first_BD, differ = 0.0, 0, None, False
     for x_BD in batches:
         first_BD = x_BD.clone() if first_BD is None else first_BD  # a GPU's is overwritten
+        differ = differ or bool((x_BD != first_BD[:1]).any())
         y_BD = x_BD.double() if mean_D is None else x_BD.double() - mean_D.double()
         squared += float(y_BD.square().sum())
         n_rows += len(x_BD)
     assert first_BD is not None
     what = "zero" if mean_D is None else "their mean: there is nothing else to train on"
     require(squared > 0, f"activations: every row of {where} read so far is {what}")
+    same = f"activations: all {n_rows:,} rows of {where} read so far are equal: there is nothing to learn"
+    require(differ or n_rows == 1, same)
     return Scale(math.sqrt(squared / n_rows), mean_D), first_BD

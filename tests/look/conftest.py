@@ -31,7 +31,7 @@ def report(planted, tmp_path_factory) -> Path:
     assert "left out: names: no --text-model (with --embeddings) and no --names" in text
     assert "left out: heat maps" not in text
     assert "left out: MS" not in text
-    assert re.search(r"16 latents, \d+ images, .* MB; open ", text)
+    assert re.search(r"16 latents, \d+ of \d+ images shown, .* MB; open ", text)
     return output
 
 
