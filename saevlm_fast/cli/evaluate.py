@@ -274,7 +274,8 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
 
 
 def plan(options: EvaluateArguments) -> Plan:
-    """What would be measured; the time of encoding alone, from a batch of rows, a control taken to be as slow as an SAE.
+    """What would be measured; the time of encoding alone, from a batch of rows, a control taken to be as slow as an
+    SAE.
 
     How long the measures take, which is longer where rows are few, is not known before they are made.
     """

@@ -83,15 +83,13 @@ def report(options: ReportArguments) -> dict[str, Any]:
 
 def _told(made: "Made", options: ReportArguments) -> dict[str, Any]:
     if made.n_missing:
-        warn(
-            f"{made.n_missing:,} of {made.n_shown:,} images that it shows are missing, shown as placeholders; --images re-roots them"
-        )
+        missing = f"{made.n_missing:,} of the {made.n_shown:,} images are missing, shown as placeholders"
+        warn(f"{missing}; --images re-roots them")
     for name, why in made.left_out.items():
         say(f"left out: {name}: {why}")
     page = options.output if options.single_file else options.output / "index.html"
-    say(
-        f"{made.n_latents:,} latents, {made.n_shown:,} of {made.n_images:,} images shown, {made.n_bytes / 1e6:.1f} MB; open {page}"
-    )
+    shown = f"{made.n_shown:,} of {made.n_images:,} images shown"
+    say(f"{made.n_latents:,} latents, {shown}, {made.n_bytes / 1e6:.1f} MB; open {page}")
     return {
         "output": str(options.output),
         "page": str(page),

@@ -9,7 +9,7 @@ from saevlm_fast.cli.terminal import print_table, print_wide_table, say
 
 if TYPE_CHECKING:
     from saevlm_fast.scoring.controls import Comparison, Stratum
-    from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary
+    from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
     from saevlm_fast.scoring.trust import TrustSummary
 
 

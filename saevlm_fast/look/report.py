@@ -53,7 +53,8 @@ class Watcher(Protocol):
 
 
 class Made(NamedTuple):
-    """What a report shows: its files' bytes, images, those shown and those missing, latents. left_out: of what it lacks, why."""
+    """What a report shows: its files' bytes, images, those shown, the missing among these, latents. left_out: of
+    what it lacks, why."""
 
     output: Path
     n_bytes: int

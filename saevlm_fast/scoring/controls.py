@@ -62,8 +62,8 @@ def untrained_like(
     n_entries = int((inferred(sae, x_nD).top_acts > 0).sum())
     l0 = n_entries / n
     is_topk = config.architecture == "topk"
-    k, architecture = min(max(1, round(l0)), config.d_sae), "topk" if is_topk else "batch_topk"
-    sized = SAEConfig(config.d_in, config.d_sae, k, architecture)
+    k = min(max(1, round(l0)), config.d_sae)
+    sized = SAEConfig(config.d_in, config.d_sae, k, "topk" if is_topk else "batch_topk")
     untrained = SparseAutoencoder(sized, device=sae.b_dec.device, dtype=sae.b_dec.dtype, random=False)
     untrained.reset_parameters(seed)
     with torch.no_grad():

@@ -119,8 +119,8 @@ def check_memory(device: "torch.device", needed: "Mapping[str, int]") -> None:
     largest = max(needed, key=lambda name: needed[name])
     require(
         free is None or total <= free,
-        f"memory: {len(needed)} together take {size_text(total)}, and {size_text(free or 0)} are free on {device}; the largest is "
-        f"{largest}, {size_text(needed[largest])}",
+        f"memory: {len(needed)} together take {size_text(total)}, and {size_text(free or 0)} are free on {device}; "
+        f"the largest is {largest}, {size_text(needed[largest])}",
     )
 
 

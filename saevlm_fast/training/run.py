@@ -137,7 +137,8 @@ def fitting(
 ) -> tuple[Activations, Activations | None]:
     """What is trained on, and what is held out.
 
-    ValueError: no activations, a single row, or of another width than an SAE; nothing held out where something should be.
+    ValueError: no activations, a single row, or of another width than an SAE; nothing held out where something should
+    be.
     """
     train_on = activations_of(activations, "activations")
     require(train_on.n_rows > 1, f"activations: {train_on.path} has one row: there is nothing to learn")

@@ -1,6 +1,7 @@
 """Progress, the page of settings, and shell completion."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from command import ROOT, run
 from saevlm_fast.cli import terminal
 from saevlm_fast.cli.reference import reference
+from saevlm_fast.cli.terminal import metric_text
 
 
 @pytest.fixture
@@ -18,6 +20,12 @@ def lines(monkeypatch):
     text = io.StringIO()
     monkeypatch.setattr(terminal, "out", terminal._Console(file=text, markup=False, width=200))
     return text
+
+
+def test_metrics_of_any_size_fit_a_table():
+    assert [metric_text(value) for value in (0.12345, -3.0, 1.1e40, math.nan, math.inf)] == [
+        "0.1235", "-3.0000", "1.100e+40", "nan", "inf",
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_there_is_a_line_every_few_seconds_and_one_at_the_end(lines, monkeypatch):

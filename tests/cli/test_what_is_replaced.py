@@ -189,3 +189,22 @@ def test_a_colon_in_a_relative_output(data, tmp_path, monkeypatch):
     for suffix in ("csv", "json"):
         run("ms-score", "--raw", *rows(data), "--output", f"c:d.{suffix}")
     run("synthetic", "x:y", "--rows", 9)
+
+
+@pytest.mark.parametrize("as_other_path", [False, True])
+def test_what_is_read_is_never_replaced(data, sae, tmp_path, as_other_path):
+    """With --force a table of scores was the output that replaced it."""
+    scores = tmp_path / "scores.parquet"
+    run("ms-score", *rows(data), "--sae", sae, "--output", scores)
+    before = scores.read_bytes()
+    output = scores
+    if as_other_path:
+        output = tmp_path / "other.parquet"
+        output.hardlink_to(scores)
+    words = ("--sae", sae, "--activations", data / "activations.npy", "--latents", "top:5", "--scores", scores)
+    for more in ((), ("--force",), ("--force", "--dry-run")):
+        text = run("top-images", *words, "--output", output, *more, code=2)
+        assert f"output: {output} is --scores as well; what is read cannot be replaced" in text
+    assert scores.read_bytes() == before
+    text = run("convert", sae, sae, "--to", "sparsify", "--force", code=2)
+    assert f"output: {sae} is SOURCE as well" in text

@@ -200,3 +200,13 @@ def test_saes_of_another_tower_or_layer(world, tmp_path):
     assert f"warning: sae: {tmp_path}/other was trained on residual of layer 2, tokens all of another model" in said
     said = run(*call(tmp_path, tmp_path / "s.json", "--words", world / "words.txt", *few, sae="other,above"), code=2)
     assert f"error: layer: 2, but {tmp_path}/above was trained on residual of layer 3" in said
+
+
+def test_too_few_random_directions_are_told_before_the_work(world, tmp_path):
+    few = "latents: 3 x 1 random directions are too few to call one steerable, which takes 99: --controls 33"
+    text = run(*call(world, tmp_path / "out.parquet", "--screen", 3))
+    assert few in text
+    assert text.index(few) < text.index("wrote")
+    dry = run(*call(world, tmp_path / "dry.parquet", "--screen", 3, "--dry-run"))
+    assert few.removeprefix("latents: ") in " ".join(dry.split())
+    assert "too few" not in run(*call(world, tmp_path / "more.parquet", "--screen", 3, "--controls", 33))

@@ -120,3 +120,17 @@ def test_a_temporary_store_is_gone_with_the_last_of_its_stores_and_nobody_is_war
             sf.harvest("hf:tiny-clip", "/no/such/folder", layer=3)
         gc.collect()
         assert set(Path(tempfile.gettempdir()).glob("saevlm-fast-*")) == before
+
+
+def test_too_small_a_disk_is_refused_before_the_images(tmp_path, tower, monkeypatch):
+    from saevlm_fast import outputs
+
+    given = {"layer": 3, "output": tmp_path / "store", "device": "cpu"}
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 2_000))
+    with pytest.raises(ValueError, match=r"^output: what is left to write takes 0\.0 MB, and 0\.0 MB are free on"):
+        sf.harvest(tower, SCENES, **given)
+    assert not list(tmp_path.rglob("shard-*"))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 12 * 128 * 4))
+    sf.harvest(tower, SCENES, **given)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 0))
+    sf.harvest(tower, SCENES, **given, resume=True)  # all is there

@@ -1,5 +1,7 @@
 """Mutual information and one-latent probes against scikit-learn."""
 
+import math
+
 import numpy as np
 import pytest
 from codes_and_labels import N, latents_of_classes, random_codes, random_labels
@@ -74,6 +76,22 @@ def test_fits_are_scikit_learns(most, monkeypatch):
         loss = log_loss(has[:, label], probe.predict_proba(x), normalize=False)
         assert found.loss_Q[q] + found.weight_Q[q] ** 2 / 2 <= loss + probe.coef_[0, 0] ** 2 / 2 + 1e-9
         assert found.loss_Q[q] == pytest.approx(loss, abs=1e-4)
+
+
+def test_purity_of_top_images_is_not_told_of_a_few_labels():
+    """Latents on fewer than 16 images are left out: a mean over one that is left said nothing of 50 labels."""
+    acts = np.zeros((400, 12), np.float32)
+    for latent in range(12):
+        acts[latent::12, latent] = np.linspace(1, 2, len(acts[latent::12])) if latent < 7 else 0
+        acts[latent, latent] = 1
+    labels = LabelSet.of([f"{i % 12:02d}" for i in range(400)])
+    able = lambda most: one_latent._top_purity(KeptCodes.of_dense(acts), labels, np.arange(most), np.arange(most))  # noqa: E731
+    assert able(12) == (1.0, 7)
+    assert able(7) == (1.0, 7)
+    acts[:, 4:] *= np.arange(400)[:, None] < 40
+    value, n = able(12)
+    assert (math.isnan(value), n) == (True, 4)
+    assert able(4) == (1.0, 4), "four labels, all told"
 
 
 def test_r_is_reported_held_out():

@@ -7,7 +7,7 @@ from test_controls import rows
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.measures.measure import measure
+from saevlm_fast.measures.measure import Measuring, measure
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.run import train
 
@@ -40,3 +40,21 @@ def test_activations_of_random_weights_are_of_the_same_images_in_the_same_order(
     sae = SparseAutoencoder(SAEConfig(6, 12, 2, "topk"))
     with pytest.raises(ValueError, match=r"random_activations: .*random is of other images, or in another order"):
         measure(sae, stores[0], random_activations=stores[1])
+
+
+def test_controls_that_groups_share_are_measured_once(monkeypatch):
+    """Raw dimensions of one L0 are the same beside every architecture; untrained SAEs are not."""
+    saes = {}
+    for seed, architecture in enumerate(("topk", "batch_topk")):
+        torch.manual_seed(seed)
+        saes[architecture] = SparseAutoencoder(SAEConfig(12, 40, 4, architecture)).eval()
+    saes["batch_topk"].threshold.data.fill_(1e-3)
+    encoded, encode = [], Measuring.encode
+    monkeypatch.setattr(Measuring, "encode", lambda self, each: encoded.append(each.name) or encode(self, each))
+    found = measure(saes, rows(seed=4), controls=["kmeans", "untrained"])
+    figures = {each.subject.name: each.figures for each in found.results}
+    assert len(figures) == 6
+    kmeans = [each for name, each in figures.items() if name.startswith("kmeans")]
+    assert kmeans[0] == kmeans[1]
+    assert sum(name.startswith("kmeans") for name in encoded) == 1
+    assert sum(name.startswith("untrained") for name in encoded) == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from held_memory import HeldMemory
 
+from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
@@ -203,12 +204,12 @@ def test_a_run_whose_checkpoint_cannot_be_kept_is_refused_before_its_first_step(
     assert needed <= taken <= needed + len(saes) * 3000, "headers, thresholds and counters apart"
     shutil.rmtree(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(memory.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
+        patch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
         patch.setattr(Stepper, "step", lambda *_: pytest.fail("a step was taken"))
         with pytest.raises(
             ValueError, match=rf"^output: .* {needed / 1e6:.1f} MB, and .* are free on the disk of .*run"
         ):
             run(**known)
     assert not list(tmp_path.rglob("*.safetensors"))
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: (0, 0, 0))  # a file system that knows no size
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (0, 0, 0))  # a file system that knows no size
     run(**known)

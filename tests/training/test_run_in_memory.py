@@ -166,3 +166,9 @@ def test_progress_is_one_line_and_quiet_is_the_default(x_ND, capsys):
     assert last.startswith("step 40/40  ")
     assert "it/s  0 s left  loss 0." in last
     assert logged == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("given", [torch.ones(1, 8), torch.arange(8.0).expand(500, 8)])
+def test_rows_that_are_all_one_teach_nothing(given):
+    with pytest.raises(ValueError, match=r"^activations: .* there is nothing to learn$"):
+        train(given, SAEConfig(8, 16, 4), steps=2, batch_size=64)
