@@ -53,7 +53,7 @@ PARTS = {
     "checkpoint": (checkpoints_module.RunDirectory, "checkpoint"),
     "export": (state_module.TrainingState, "export"),
     "save": (checkpoints_module.RunDirectory, "save"),
-    "evaluation": (train_module, "evaluate"),
+    "evaluation": (train_module, "evaluate_rows"),
 }
 
 

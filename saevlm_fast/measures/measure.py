@@ -31,6 +31,7 @@ from saevlm_fast.peers import Peers
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.scoring.controls import selects_k
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import check_once, path_of, several
 
@@ -329,7 +330,7 @@ def _wanted(members: Sequence[Result]) -> Wanted:
     sae = subject.model
     assert isinstance(sae, SparseAutoencoder)
     l0 = float(np.mean([each.figures["reconstruction"]["l0"] for each in members]))
-    has_threshold = sae.config.architecture != "topk"
+    has_threshold = not selects_k(sae.config, l0)
     return Wanted(subject.n_latents, subject.group_sizes, has_threshold, l0, sae.b_dec.device)
 
 

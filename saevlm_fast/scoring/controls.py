@@ -44,8 +44,8 @@ def untrained_like(
 ) -> tuple[SparseAutoencoder, float]:
     """An untrained SAE of the same size that selects as `sae` does and has its L0; and that L0.
 
-    Of a TopK SAE it is one of TopK, k the L0 rounded; of any other one of BatchTopK, whose threshold gives the L0. A
-    threshold instead of k for each row would let some rows have many latents and others none, which moves the score.
+    Of a TopK SAE that fills its k it is one of TopK; of any other one of BatchTopK, whose threshold gives the L0. Where
+    the SAE has k latents of every row, a threshold would let some have many and others none, which moves the score.
 
     Random unit directions as every training here begins with (W_enc = W_dec^T, b_enc = 0); b_dec is the mean of the
     rows, where the recipe has their geometric median.
@@ -61,16 +61,21 @@ def untrained_like(
     x_nD = activations.rows(drawn).to(sae.b_dec)
     n_entries = int((inferred(sae, x_nD).top_acts > 0).sum())
     l0 = n_entries / n
-    is_topk = config.architecture == "topk"
+    has_k = selects_k(config, l0)
     k = min(max(1, round(l0)), config.d_sae)
-    sized = SAEConfig(config.d_in, config.d_sae, k, "topk" if is_topk else "batch_topk")
+    sized = SAEConfig(config.d_in, config.d_sae, k, "topk" if has_k else "batch_topk")
     untrained = SparseAutoencoder(sized, device=sae.b_dec.device, dtype=sae.b_dec.dtype, random=False)
     untrained.reset_parameters(seed)
     with torch.no_grad():
         untrained.b_dec.copy_(x_nD.mean(0))
-        if not is_topk:
+        if not has_k:
             untrained.threshold.copy_(_threshold_for(n_entries, (x_nD - untrained.b_dec) @ untrained.W_enc))
     return untrained.eval(), l0
+
+
+def selects_k(config: SAEConfig, l0: float) -> bool:
+    """Whether as good as every row has the same number of latents: of TopK, where enough of them are positive."""
+    return config.architecture == "topk" and round(l0) == config.k
 
 
 def _threshold_for(n_entries: int, pre_nS: Tensor) -> Tensor:

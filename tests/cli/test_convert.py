@@ -126,7 +126,7 @@ def test_what_is_refused_is_one_line(ae, tmp_path, more, message):
 
 
 def test_an_sae_is_not_converted_into_its_own_folder(ae):
-    assert "its files would be mixed" in run("convert", ae, ae, "--force", code=2)
+    assert "is SOURCE as well; what is read cannot be replaced" in run("convert", ae, ae, "--force", code=2)
     assert "its files would be mixed" in run("convert", ae / "ae.pt", ae, "--force", code=2)
 
 

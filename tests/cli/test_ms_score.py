@@ -26,7 +26,7 @@ def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
     for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
         assert word in text
     table = pq.read_table(tmp_path / "s.parquet").to_pydict()
-    best = text.split("best latents (images it fires on)  ")[1].split()
+    best = text.split("best latents on 10 images or more (images it fires on)  ")[1].split()
     assert best[1:3] == [f"{table['ms'][int(best[0][:-1])]:.3f}", f"({table['n_active'][int(best[0][:-1])]:,})"]
     plain = ["latent", "ms", "status", "n_active", "max_activation"]
     more = ["corrected", "n_eff", "se", "ms_low", "ms_high", "null_sd", "z", "p", "above_null"]

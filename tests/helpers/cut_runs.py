@@ -160,7 +160,8 @@ def cut_runs(world: Path, name: str, n: int, seed: int = 0, tell: Callable[[str]
         kind = "not resumed" if ended.code else "the same"
         if not ended.code and (found := result(name, _output_only(place))) != expected:
             kind = "another result"
-            ended = Ended(0, f"{found[0]} {expected[0]}" if found[0] != expected[0] else "the same names")
+            more, fewer = (sorted(set(one[0]) - set(other[0])) for one, other in ((found, expected), (expected, found)))
+            ended = Ended(0, f"more names {more}, fewer {fewer}")
         counts[kind] += 1
         if kind != "the same":
             tell(f"{kind}: {name}, {at}: exit {ended.code}: {ended.text[-1500:]}")

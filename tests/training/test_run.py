@@ -227,8 +227,10 @@ def test_calibration_does_not_depend_on_a_small_batch(matrix, tmp_path, batch_si
 
 
 def test_metrics_are_strict_json_even_where_undefined(matrix, tmp_path):
-    np.save(tmp_path / "one.npy", np.load(matrix)[:1])
-    run(tmp_path / "one.npy", tmp_path / "run", steps=3)
+    """Of a batch of one row there is no explained variance."""
+    np.save(tmp_path / "two.npy", np.load(matrix)[:2])
+    run(tmp_path / "two.npy", tmp_path / "run", steps=3, batch_size=1)
+    assert "null" in (tmp_path / "run" / "metrics.jsonl").read_text()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert "NaN" not in line
         json.loads(line)

@@ -342,7 +342,7 @@ def test_a_replaced_run_has_another_name_and_no_file_is_open_when_it_moves(recor
 
 
 def test_an_error_of_the_run_is_told_and_raised(recorded, tmp_path):
-    bad = np.full((500, 16), 1e30, np.float32)
+    bad = np.full((500, 16), 1e30, np.float32) * np.linspace(1, 2, 500, dtype=np.float32)[:, None]
     config = TrainConfig(steps=20, batch_size=64, lr=1e38, warmup_steps=0)
     with pytest.raises(ValueError, match="NaN or inf"):
         train(bad, SAE, config, RunOptions(None, "cpu", log_to=("wandb",)))
