@@ -26,10 +26,11 @@ from saevlm_fast.data.store import (
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.formats import registry
 from saevlm_fast.formats.hub import resolve
+from saevlm_fast.formats.sae_header import read_sae_header
 from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
-from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder, read_sae_header
+from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder
 from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, check_metrics, checkpoints, read_settings
 from saevlm_fast.training.saved_state import CHECKPOINT_FILE, check_checkpoint, holds_sae
 

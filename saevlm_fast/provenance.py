@@ -11,7 +11,8 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import weights_sha256
-from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
+from saevlm_fast.formats.sae_header import read_sae_header, sae_digest
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower

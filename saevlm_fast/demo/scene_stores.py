@@ -15,6 +15,7 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import goes_on, require
 from saevlm_fast.files import cache_directory
+from saevlm_fast.formats.sae_header import read_sae_header
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
@@ -22,7 +23,6 @@ from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.outputs import LOCK_FILE, output_lock
 from saevlm_fast.records import RECORD, Fields, read_record
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import read_sae_header
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint

@@ -10,8 +10,9 @@ from typing import Any
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
+from saevlm_fast.formats.sae_header import SAEHeader, read_sae_header
 from saevlm_fast.records import parse_json
-from saevlm_fast.sae import WEIGHTS_FILE, SAEHeader, read_sae_header
+from saevlm_fast.sae import WEIGHTS_FILE
 from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, read_settings
 
 SCORES_FILE = "scores.parquet"
