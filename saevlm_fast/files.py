@@ -96,7 +96,7 @@ def atomic_directory(path: str | os.PathLike[str], replace: bool = False) -> Ite
             os.replace(old, path)
         raise
     _fsync_directory(path.parent)
-    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+    remove(old)
 
 
 def save_safetensors_atomic(
@@ -171,6 +171,14 @@ def _users_cache() -> Path:
     return user_cache_path("saevlm-fast", appauthor=False)
 
 
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it is there. Of a link the link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Deletes the temporary files that killed writers left in a directory, and no others whose names only begin alike.
 
@@ -178,21 +186,13 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
         if _LEFTOVER.fullmatch(file.name) is not None:
-            _remove(file)
+            remove(file)
 
 
 def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     """Deletes what killed writers of this one file left beside it; the same warning."""
     for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(Path(path).name)}"):
-        _remove(file)
-
-
-def _remove(path: Path) -> None:
-    """Of a link the link, not what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        remove(file)
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.files import atomic_write, remove_leftovers
+from saevlm_fast.files import atomic_write, remove, remove_leftovers
 from saevlm_fast.formats.sae_header import sae_digest
 from saevlm_fast.look.inputs import Inputs, open_inputs
 from saevlm_fast.look.looked import Looked, Subject, look_at
@@ -271,10 +271,6 @@ class _Bars:
 def _remove_report(output: Path) -> None:
     """Deletes what a report wrote, and nothing else."""
     for name in PARTS:
-        part = output / name
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+        remove(output / name)
     for name in ("index.html", REPORT_FILE, "settings.toml"):
         (output / name).unlink(missing_ok=True)
