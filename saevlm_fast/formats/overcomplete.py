@@ -118,7 +118,7 @@ def _activation(found: Mapping[str, Any], source: Source) -> tuple[Any, int | No
         log_S = wide(found, where, thresholds=("d_sae",))["thresholds"]
         threshold_S = log_S.exp()
         return "jumprelu", None, threshold_S, ()
-    threshold, k = source.assumed_number("threshold"), source.assumed_whole("k", 1, 1 << 31)
+    threshold, k = source.assumed_number("threshold"), source.assumed_k()
     activation = source.assumed("activation")
     if threshold is not None:
         refuse(activation not in (None, "batch_topk"), where, NAME, f"a threshold has no place beside {activation}")

@@ -319,7 +319,7 @@ def recipes_of(
     check_kind("saes", saes, Mapping, f"{kind.__name__}s by name")
     require(len(saes) > 0, "saes: there is none")
     for name, sae in saes.items():
-        check_name("saes", name, alone=len(saes) == 1)
+        check_name(name, alone=len(saes) == 1)
         check_kind(f"saes[{name!r}]", sae, kind, f"an {kind.__name__}")
     if isinstance(config, Mapping):
         missing = sorted(saes.keys() ^ config.keys())
@@ -340,8 +340,8 @@ def recipes_of(
     return recipes, parts[first][1]
 
 
-def check_name(argument: str, name: Any, alone: bool = False) -> None:
+def check_name(name: Any, alone: bool = False) -> None:
     """ValueError: it is not one directory's name; of one that is alone it may be empty."""
-    check_kind(argument, name, str, "names of directories")
+    check_kind("saes", name, str, "names of directories")
     fits = Path(name).name == name and not name.startswith(".") and "\0" not in name and (name != "" or alone)
-    require(fits, f"{argument}: {name!r} is not the name of a directory")
+    require(fits, f"saes: {name!r} is not the name of a directory")
