@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command import run
-from damage import edit_record
+from damage import edit_record, flip
 from saevlm_fast import cli
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
@@ -203,12 +203,6 @@ def test_damage_is_one_line_and_exit_code_2(folder, damage, message):
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def poison(directory):
