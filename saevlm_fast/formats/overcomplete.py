@@ -39,11 +39,7 @@ _SAID = (
 
 def detect(source: Source) -> bool:
     """From the names of its tensors."""
-    return is_overcomplete(tensors_of(loaded(source)))
-
-
-def is_overcomplete(found: Mapping[str, Any]) -> bool:
-    """Whether these are names of the library's tensors."""
+    found = tensors_of(loaded(source))
     return "dictionary._weights" in found or "dictionary.C" in found
 
 

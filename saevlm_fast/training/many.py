@@ -216,7 +216,7 @@ def train_many(
         recipes[name].check_fits(sae_config)
     train_on, evaluated = fitting(activations, validation, *saes.values())
     device = resolve_device(options.device)
-    needed = _needed(saes, recipes, train_on.n_rows)
+    needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
     check_memory(device, needed)
     if options.output is not None and not options.resume:
         check_disk(options.output, saes.values())
@@ -301,10 +301,6 @@ def stop_all(members: list[Member]) -> None:
 def own_options(options: RunOptions, name: str) -> RunOptions:
     """Of one of several: its directory is in theirs."""
     return options if options.output is None else replace(options, output=options.output / name)
-
-
-def _needed(saes: Mapping[str, SAEConfig], recipes: Mapping[str, TrainConfig], n_rows: int) -> dict[str, int]:
-    return {name: memory_of(sae, recipes[name], n_rows) for name, sae in saes.items()}
 
 
 def recipes_of(
