@@ -122,6 +122,16 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def human_bytes(n_bytes: int) -> str:
+    """1234567 -> 1.2 MB; decimal units."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from command import run
 from damage import edit_record, flip
 from saevlm_fast import cli
+from saevlm_fast.cli.inspect_table import short_values
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.inspection import human_bytes, inspect, short_values, verify_inspected
+from saevlm_fast.files import human_bytes
+from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.sparse_codes import SparseCodes
 from sparse_codes import random_sparse_codes
