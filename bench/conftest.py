@@ -257,7 +257,7 @@ def peak_memory() -> Callable[[], int]:
             highest, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
-            highest, now = _status_bytes("VmHWM"), _status_bytes("VmRSS")
+            highest, now = machine.status_bytes("VmHWM"), machine.status_bytes("VmRSS")
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
             except OSError:  # a sandbox: what goes beyond the peak of before is seen alone
@@ -266,11 +266,6 @@ def peak_memory() -> Callable[[], int]:
         return taken
 
     return peak
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def _finish(_: object) -> None:

@@ -96,7 +96,7 @@ def atomic_directory(path: str | os.PathLike[str], replace: bool = False) -> Ite
             os.replace(old, path)
         raise
     _fsync_directory(path.parent)
-    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+    remove(old)
 
 
 def save_safetensors_atomic(
@@ -120,6 +120,16 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def human_bytes(n_bytes: int) -> str:
+    """1234567 -> 1.2 MB; decimal units."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -171,6 +181,14 @@ def _users_cache() -> Path:
     return user_cache_path("saevlm-fast", appauthor=False)
 
 
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it is there. Of a link the link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Deletes the temporary files that killed writers left in a directory, and no others whose names only begin alike.
 
@@ -178,21 +196,13 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
         if _LEFTOVER.fullmatch(file.name) is not None:
-            _remove(file)
+            remove(file)
 
 
 def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     """Deletes what killed writers of this one file left beside it; the same warning."""
     for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(Path(path).name)}"):
-        _remove(file)
-
-
-def _remove(path: Path) -> None:
-    """Of a link the link, not what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        remove(file)
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -11,7 +11,9 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import weights_sha256
-from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
+from saevlm_fast.formats.sae_header import read_sae_header, sae_digest
+from saevlm_fast.records import object_of
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
@@ -37,13 +39,13 @@ def check_sae_of(
 
 def _described(tower: Tower | None, trained_on: Any) -> dict[str, Any] | None:
     """The tower, if what was trained on says by a hash over all weights which one it was."""
-    known = _dict(_dict(trained_on).get("model")).get("weights_sha256") is not None
+    known = object_of(object_of(trained_on).get("model")).get("weights_sha256") is not None
     return tower.description() if known and tower is not None else None
 
 
 def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
     """What speaks against encoding a tower's activations with this SAE, for a warning; ValueError as of `misfit`."""
-    trained_on = _dict(read_sae_header(sae_directory)[0].metadata.get("source"))
+    trained_on = object_of(read_sae_header(sae_directory)[0].metadata.get("source"))
     where = {
         "point": point.point,
         "layer": point.layer,
@@ -55,7 +57,7 @@ def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: To
 
 def check_rows_of(sae: SparseAutoencoder, rows: Activations | StoredCodes) -> str | None:
     """What speaks against encoding these rows with this SAE, for a warning; ValueError as of `misfit`."""
-    what = f"activations: {rows.path} are of {_place(_dict(rows.source))}"
+    what = f"activations: {rows.path} are of {_place(object_of(rows.source))}"
     return misfit(sae.config.metadata.get("source"), rows.source, "the SAE", what)
 
 
@@ -73,7 +75,7 @@ def misfit(trained_on: Any, rows: Any, sae: str, what: str) -> str | None:
     Raises:
         ValueError: the rows are of another hook point or layer.
     """
-    trained_on, rows = _dict(trained_on), _dict(rows)
+    trained_on, rows = object_of(trained_on), object_of(rows)
     place = _elsewhere(trained_on, rows)
     require(place is None, f"{what}, but {sae} was trained on {place}")
     tokens, other_model = trained_on.get("tokens"), _differ(trained_on.get("model"), rows.get("model"))
@@ -121,7 +123,7 @@ def _differ(trained_on: Any, now: Any) -> bool:
     The same weights may be loaded as one class with its projection and another without; between libraries, classes say
     nothing.
     """
-    trained_on, now = _dict(trained_on), _dict(now)
+    trained_on, now = object_of(trained_on), object_of(now)
     classes = [str(tower.get("class") or "") for tower in (trained_on, now)]
     if classes[0] != classes[1] and all(classes):
         libraries = [{"transformers", "open_clip", "timm"} & set(tower) for tower in (trained_on, now)]
@@ -138,7 +140,7 @@ def other_tower(sae: SparseAutoencoder, model: nn.Module, vision: bool = True) -
     Known where the SAE is of a tower of the same class (loaded as `load_tower` does): one of a CLIP with its projection
     says nothing of the same tower inside a LLaVA. The model's weights must be as the checkpoint has them.
     """
-    trained_on = _dict(_dict(sae.config.metadata.get("source")).get("model"))
+    trained_on = object_of(object_of(sae.config.metadata.get("source")).get("model"))
     tower = vision_part(model) if vision else model
     now: dict[str, Any] = {"class": type(tower).__name__, "transformers": None}
     if trained_on.get("weights_sha256") is not None and trained_on.get("class") == now["class"]:
@@ -148,10 +150,10 @@ def other_tower(sae: SparseAutoencoder, model: nn.Module, vision: bool = True) -
 
 def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
     """ValueError: codes of another SAE, or of another layer."""
-    made_by = _dict(_dict(codes.source).get("sae"))
+    made_by = object_of(object_of(codes.source).get("sae"))
     same = made_by.get("sha256") in (None, sae_digest(sae_directory))
     require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {sae_directory}")
-    harvested_at = _elsewhere(_dict(codes.source), {"point": "residual", "layer": layer})
+    harvested_at = _elsewhere(object_of(codes.source), {"point": "residual", "layer": layer})
     require(harvested_at is None, f"codes: {codes.path} are of {harvested_at}, not of layer {layer}")
 
 
@@ -159,7 +161,7 @@ def check_same_sae(codes: StoredCodes, path: Path, sae: SparseAutoencoder) -> No
     """ValueError: codes of another width, or known to be of another SAE."""
     d_sae = sae.config.d_sae
     require(codes.d_sae == d_sae, f"codes: {codes.path} are of {codes.d_sae} latents, {path} has {d_sae}")
-    made_by = _dict(_dict(codes.source).get("sae"))
+    made_by = object_of(object_of(codes.source).get("sae"))
     same = made_by.get("sha256") in (None, sae_digest(path))
     require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {path}")
 
@@ -172,13 +174,13 @@ def other_text_model(embeddings: Activations, text_model: str) -> str | None:
     Raises:
         ValueError: they are not image embeddings at all.
     """
-    source = _dict(embeddings.source)
+    source = object_of(embeddings.source)
     point = source.get("point", "projection")
     require(
         point in IMAGE_POINTS,
         f"embeddings: {embeddings.path} are {point} of layer {source.get('layer')}; harvest --point projection",
     )
-    spec = _dict(source.get("model")).get("spec", text_model)
+    spec = object_of(source.get("model")).get("spec", text_model)
     if _identity(spec) == _identity(text_model):
         return None
     return f"embeddings: {embeddings.path} are of {spec}, and the texts' are of {text_model}"
@@ -187,7 +189,3 @@ def other_text_model(embeddings: Activations, text_model: str) -> str | None:
 def _identity(spec: str) -> str:
     prefix, _, name = spec.partition(":")
     return f"{prefix}:{Path(name).resolve() if Path(name).exists() else name}"
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}  # free-form in SAEs and stores of other makers

@@ -162,6 +162,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def object_of(value: Any) -> dict[str, Any]:
+    """The value if it is an object, else one without entries: free-form parts of records may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
 def check_record(value: Any, schema: Schema, where: str | os.PathLike[str], error: type[ValueError]) -> None:
     """Raises error naming the first entry that does not fit."""
     problem = _problem(value, schema, "")

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import CALIBRATED, SAEConfig
 from saevlm_fast.errors import Doubt, check_dense, check_kind, require
 from saevlm_fast.formats import registry, sae_lens
-from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.plain import PARAMETERS, Activation, PlainSAE
-from saevlm_fast.formats.source import Source
+from saevlm_fast.formats.sae_header import config_of
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.runtime import exactly, own_defaults, resolve_device
@@ -25,7 +24,6 @@ from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = sae_lens.WEIGHTS_FILE, sae_lens.CONFIG_FILE
-CALIBRATED = ("batch_topk", "matryoshka")  # architectures whose threshold training finds
 FIRST_THRESHOLD = 0.001  # of jumprelu, in the units of training
 
 
@@ -138,7 +136,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: k of topk that is above d_sae, weights that do not fit in memory.
         """
-        config = _config_of(plain)
+        config = config_of(plain)
         sae = cls(config, dtype=dtype or plain.W_enc.dtype, random=False)
         for name in PARAMETERS:
             getattr(sae, name).copy_(getattr(plain, name))
@@ -367,25 +365,6 @@ class SparseAutoencoder(nn.Module):
         return sae if local.repo is None else with_metadata(sae, hub=local.record())
 
 
-def _config_of(described: PlainSAE | Header) -> SAEConfig:
-    """What was assumed is in metadata["doubts"], sizes of groups of what is no Matryoshka SAE in another entry."""
-    groups = described.group_sizes
-    nested = described.activation == "batch_topk" and bool(groups)
-    metadata = dict(described.metadata) | ({"doubts": list(described.doubts)} if described.doubts else {})
-    if len(groups) > 1 and not nested:  # of training alone: all latents are used at once
-        metadata["trained_group_sizes"] = list(groups)
-    return SAEConfig(
-        described.d_in,
-        described.d_sae,
-        described.k,
-        "matryoshka" if nested else described.activation,
-        groups if nested else (),
-        metadata,
-        described.input_norm,
-        described.eps if described.input_norm == "layer_norm" else SAEConfig.eps,
-    )
-
-
 def first_rows(config: SAEConfig, seed: int) -> Tensor:
     """The decoder rows that a seed begins with: random unit rows [d_sae, d_in], float64 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -397,41 +376,6 @@ def first_rows(config: SAEConfig, seed: int) -> Tensor:
 def check_sae(sae: object, name: str = "sae") -> None:
     """ValueError: it is none."""
     check_kind(name, sae, SparseAutoencoder, "a SparseAutoencoder; from_pretrained(DIR) opens one")
-
-
-class SAEHeader(NamedTuple):
-    """What the files of an SAE say without its weights being read, where their format allows that.
-
-    Attributes:
-        config: as of the SAE. dtype: of W_enc, "float32".
-        threshold: one for all latents, or (lowest, highest); None where there is none.
-        weights_sha256: what cfg.json says of the weights' file, if it says it.
-        format: name of the format. files: that make the SAE what it is.
-    """
-
-    config: SAEConfig
-    dtype: str
-    threshold: float | tuple[float, float] | None
-    weights_sha256: str | None
-    format: str = sae_lens.NAME
-    files: tuple[Path, ...] = ()
-
-
-def read_sae_header(path: str | Path) -> SAEHeader:
-    """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
-    local = resolve(path)
-    source = Source(local.path, assume=local.assume)
-    found = registry.detect(source)
-    header = registry.read_header(source)
-    low, high = header.thresholds or (None, None)
-    threshold = low if low is None or high is None or low == high else (low, high)
-    files = tuple(source.folder / name for name in sorted(source.opened))
-    return SAEHeader(_config_of(header), header.dtype, threshold, header.weights_sha256, found.name, files)
-
-
-def sae_digest(path: str | Path) -> str:
-    """SHA-256 of the files that make an SAE, as stores of its codes record it. ValueError: as `read_sae_header`."""
-    return registry.digest(Source(resolve(path).path))
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command import run
-from damage import edit_record
+from damage import edit_record, flip
 from saevlm_fast import cli
+from saevlm_fast.cli.inspect_table import short_values
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.inspection import human_bytes, inspect, short_values, verify_inspected
+from saevlm_fast.files import human_bytes
+from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.sparse_codes import SparseCodes
 from sparse_codes import random_sparse_codes
@@ -203,12 +205,6 @@ def test_damage_is_one_line_and_exit_code_2(folder, damage, message):
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def poison(directory):

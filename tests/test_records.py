@@ -10,12 +10,13 @@ import torch
 from campaign import build
 from command import run as command
 from damage import edit_record, mutations, refusal
+from saevlm_fast.cli.inspect_table import summary_rows
 from saevlm_fast.cli.options import COMMANDS, called, named_by_option
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import ActivationError, OtherSettings
-from saevlm_fast.inspection import inspect, summary_rows
+from saevlm_fast.inspection import inspect
 from saevlm_fast.records import (
     DIGEST,
     FILE_NAME,

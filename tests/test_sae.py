@@ -15,8 +15,9 @@ from damage import DIGESTS, edit_record
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt
 from saevlm_fast.files import sha256_file
+from saevlm_fast.formats.sae_header import read_sae_header
 from saevlm_fast.kernels import reference
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, inferred, read_sae_header
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, inferred
 from saevlm_fast.scoring.controls import untrained_like
 from saevlm_fast.training.step import Stepper
 

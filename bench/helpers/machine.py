@@ -40,6 +40,12 @@ def stolen_share(before: tuple[float, float]) -> float:
     return stolen / total if total else 0.0
 
 
+def status_bytes(name: str) -> int:
+    """Of this process, on Linux: VmRSS, VmHWM, RssAnon."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

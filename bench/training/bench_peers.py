@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bench.helpers import machine
 from bench.helpers.arguments import new_directory, new_file, positive
+from bench.helpers.machine import status_bytes
 from bench.helpers.planted import planted_rows
 from bench.training.peers import FLOOR, OURS, PEERS, Task
 from saevlm_fast import __version__
@@ -89,7 +90,7 @@ class Memory:
 
     def __init__(self, device: str) -> None:
         self.gpu = torch.device(device).type == "cuda"
-        self.base = torch.cuda.memory_allocated() if self.gpu else _status_bytes("VmRSS")
+        self.base = torch.cuda.memory_allocated() if self.gpu else status_bytes("VmRSS")
 
     def synchronize(self) -> None:
         if self.gpu:
@@ -103,12 +104,7 @@ class Memory:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.gpu else _status_bytes("VmHWM")) - self.base
-
-
-def _status_bytes(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return 1024 * int(line.split()[1])
+        return (torch.cuda.max_memory_allocated() if self.gpu else status_bytes("VmHWM")) - self.base
 
 
 def work(name: str, task: Task, connection: Connection) -> None:

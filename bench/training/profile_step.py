@@ -115,7 +115,7 @@ def captured_encoder(stepper: Stepper, x_BD: Tensor) -> Callable[[], None]:
     """The encoder of a step, with the low copy of W_enc that the last update has left."""
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        gpu_codes(stepper.sae, stepper.config, 1.0, x_BD, stepper.low)
+        gpu_codes(stepper.sae, stepper.config, 1.0, x_BD, stepper.low.weights)
     return graph.replay
 
 

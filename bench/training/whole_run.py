@@ -31,6 +31,7 @@ import torch
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import Spans, clocks
+from bench.helpers.machine import status_bytes
 from bench.helpers.planted import planted_rows
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
@@ -183,11 +184,6 @@ def rows_read_per_second(activations: Activations, order: ShuffledRows, n_steps:
     with closing(batches(activations, order, 0, n_steps)) as stream:
         n_rows = sum(len(rows_B) for rows_B, _ in stream)
     return n_rows / (time.perf_counter() - start)
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def bytes_read() -> int:

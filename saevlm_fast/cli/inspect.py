@@ -26,8 +26,9 @@ class InspectArguments(Options):
 @command("inspect")
 def inspect(options: InspectArguments) -> dict[str, Any]:
     """What is at a path: source, shape, dtype, size on disk, completeness, labels. Damage is an error, exit code 2."""
+    from saevlm_fast.cli.inspect_table import summary_rows
     from saevlm_fast.inspection import inspect as inspect_path
-    from saevlm_fast.inspection import summary_rows, verify_inspected
+    from saevlm_fast.inspection import verify_inspected
 
     description = inspect_path(options.path)
     if options.verify:
@@ -41,7 +42,7 @@ def inspect(options: InspectArguments) -> dict[str, Any]:
 
 
 def _print_contents(description: dict[str, Any]) -> None:
-    from saevlm_fast.inspection import contents_rows
+    from saevlm_fast.cli.inspect_table import contents_rows
 
     shape, size = Column("shape", justify="right"), Column("on disk", justify="right")
     name = Column("name", overflow="fold")

@@ -355,8 +355,8 @@ def plan(options: ScoreArguments) -> Plan:
 def _plan_of_scenes(options: ScoreArguments, sources: Sources) -> Plan:
     """Of scenes that may not be harvested yet, so nothing is timed."""
     from saevlm_fast.demo.scene_stores import N_SCENES
+    from saevlm_fast.formats.sae_header import read_sae_header
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.sae import read_sae_header
 
     width, projected = scene_widths()
     n_latents = width if sources.sae is None else read_sae_header(sources.sae)[0].d_sae

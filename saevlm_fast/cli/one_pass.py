@@ -100,9 +100,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     """What would be trained on what; the time from a forward of the first images, under torchrun of a rank's share."""
     from saevlm_fast.cli.harvest import seconds_an_image
     from saevlm_fast.config import RunOptions
+    from saevlm_fast.files import human_bytes
     from saevlm_fast.harvesting.config import COMPUTE_DTYPES
     from saevlm_fast.images.open import open_images
-    from saevlm_fast.inspection import human_bytes
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.training.memory import auxiliary_memory

@@ -254,7 +254,7 @@ def _label(name: str) -> str:
 
 def _figure(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
-        from saevlm_fast.inspection import human_bytes
+        from saevlm_fast.files import human_bytes
 
         return human_bytes(value)
     if name.endswith("_seconds"):

@@ -41,21 +41,18 @@ def scene_widths() -> tuple[int, int]:
     return int(tower["vision_config"]["hidden_size"]), int(tower["projection_dim"])
 
 
-def scenes_of(sae: Path | None, tokens: str = "cls") -> tuple[int, str]:
+def scenes_of(sae: Path | None) -> tuple[int, str]:
     """Layer and tokens that an SAE was trained on. ValueError: on something else than the box's scenes."""
     from saevlm_fast.demo.scene_stores import LAYER, scenes_of_sae
 
-    return scenes_of_sae(sae) if sae is not None else (LAYER, tokens)
+    return scenes_of_sae(sae) if sae is not None else (LAYER, "cls")
 
 
-def scenes(
-    split: str, sae: Path | None = None, device: str = "auto", n: int | None = None, tokens: str = "cls"
-) -> "SceneStores":
+def scenes(split: str, sae: Path | None = None, device: str = "auto") -> "SceneStores":
     """Activations (of the layer an SAE was trained on) and embeddings of the box's scenes, cached or harvested."""
     from saevlm_fast.demo.scene_stores import N_SCENES, harvest_scenes
 
-    layer, tokens = scenes_of(sae, tokens)
+    layer, tokens = scenes_of(sae)
     with HarvestBar() as bar:
-        return harvest_scenes(
-            split, n or N_SCENES[split], layer, tokens, device=device, on_message=tell, on_images=bar.on_images
-        )
+        count = N_SCENES[split]
+        return harvest_scenes(split, count, layer, tokens, device=device, on_message=tell, on_images=bar.on_images)

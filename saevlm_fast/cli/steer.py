@@ -63,7 +63,7 @@ class SteerArguments(AnswerArguments):
 
 def _checked(options: SteerArguments) -> "tuple[list[Edit], Image]":
     """The edits and the picture. ValueError: a latent that the SAE lacks, before a large model is loaded."""
-    from saevlm_fast.sae import read_sae_header
+    from saevlm_fast.formats.sae_header import read_sae_header
 
     edits, picture = options.edits(), options.picture()
     d_sae = read_sae_header(options.sae).config.d_sae

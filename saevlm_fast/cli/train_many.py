@@ -69,7 +69,7 @@ def memory_of(runs: "Mapping[str, Run]", device: "torch.device", n_replicas: int
 
 def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     """The SAEs with their memory, and the time of all their steps, one after the other."""
-    from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.files import human_bytes
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -112,7 +112,7 @@ def train_grid(
     peers: "MeshPeers | None" = None,
 ) -> dict[str, Any] | None:
     """Trains them, and writes the summary, of ranks the first. The output is locked."""
-    from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.files import human_bytes
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.many import nothing_more
 

@@ -19,6 +19,7 @@ from saevlm_fast.images.batches import image_batches
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.pairs import WrongCaptions, caption, check_captions
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.records import object_of
 from saevlm_fast.towers.language import LanguageTower, load_language
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import TextEncoder, load_text_encoder
@@ -46,8 +47,7 @@ def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     images: where they are, if not where the store says. ValueError: it does not say; no captions there; other pairs.
     """
     source = activations.source or {}
-    record = source.get("images")
-    told = record if isinstance(record, dict) else {}
+    told = object_of(source.get("images"))
     path = images or str(told.get("path") or "")
     require(path != "", f"images: {activations.path} does not say where its pairs are; give --images")
     pairs = open_images(path)
@@ -70,8 +70,7 @@ def tower_of(
     refuses.
     """
     source = activations.source or {}
-    record = source.get("model")
-    told = record if isinstance(record, dict) else {}
+    told = object_of(source.get("model"))
     spec = model or str(told.get("spec") or "")
     require(spec != "", f"model: {activations.path} does not say what it was harvested from; give --model")
     dtype = COMPUTE_DTYPES.get(str(source.get("dtype"))) or torch.float32

@@ -134,8 +134,8 @@ def pairs_to_test(columns: dict[str, np.ndarray], wrong_P: np.ndarray | None, n:
     return np.sort(np.random.default_rng([seed, 3]).permutation(of_them)[:n])
 
 
-def first_pairs(activations: Activations, seed: int, n: int = 3) -> tuple[list[str], Patches, int]:
-    """By which time is estimated: ids of the first pairs, the image tokens of n of them with scores at random, and
+def first_pairs(activations: Activations, seed: int) -> tuple[list[str], Patches, int]:
+    """By which time is estimated: ids of the first pairs, the image tokens of three of them with scores at random, and
     about how many pairs the whole store has. No tokens where none of them has an image and a caption."""
     table = next(iter(activations.iter_items(TOKEN_SCHEMA)))
     names, modality = table["image"].combine_chunks().dictionary_encode(), np.array(table["modality"])
@@ -143,7 +143,7 @@ def first_pairs(activations: Activations, seed: int, n: int = 3) -> tuple[list[s
     has_text = np.bincount(sample_N[modality == "text"], minlength=len(ids)) > 1
     has_image = np.bincount(sample_N[modality == "image"], minlength=len(ids)) > 0
     has_image[-1:] &= len(table) == activations.n_rows  # else the shard may end within the last pair
-    row_M = np.flatnonzero((modality == "image") & np.isin(sample_N, np.flatnonzero(has_text & has_image)[:n]))
+    row_M = np.flatnonzero((modality == "image") & np.isin(sample_N, np.flatnonzero(has_text & has_image)[:3]))
     scores = np.random.default_rng(seed).random((len(PATCH_SCORES), len(row_M)))
     patches = Patches(sample_N[row_M], row_M, np.arange(len(row_M)), *scores)
     return ids, patches, round(len(ids) * activations.n_rows / max(len(table), 1))

@@ -18,6 +18,7 @@ import numpy as np
 from saevlm_fast.crossmodal.patches import Patches, places_of
 from saevlm_fast.crossmodal.tokens import Chunk
 
+_DRAWS = 1000  # of all pairs, for an interval
 _DRAWN_AT_ONCE = 1 << 20  # pairs of the bootstrap
 COUNTS = ("co_occurrence", "count", "n_text", "n_image")
 
@@ -148,13 +149,13 @@ def auroc(scores: np.ndarray, wrong: np.ndarray) -> float:
     return float(_aurocs(level[None], wrong[None])[0])
 
 
-def auroc_interval(scores: np.ndarray, wrong: np.ndarray, seed: int, n: int = 1000) -> tuple[float, float]:
+def auroc_interval(scores: np.ndarray, wrong: np.ndarray, seed: int) -> tuple[float, float]:
     """2.5 % and 97.5 % points over pairs that are drawn anew; the draws without one of both are left out."""
     rng, size = np.random.default_rng(seed), len(scores)
     level = np.unique(scores, return_inverse=True)[1].reshape(-1)
     values: list[np.ndarray] = []
-    for start in range(0, n, at_once := max(1, _DRAWN_AT_ONCE // max(1, size))):
-        draws = rng.integers(0, size, (min(at_once, n - start), size))
+    for start in range(0, _DRAWS, at_once := max(1, _DRAWN_AT_ONCE // max(1, size))):
+        draws = rng.integers(0, size, (min(at_once, _DRAWS - start), size))
         values.append(_aurocs(level[draws], wrong[draws]))
     low, high = np.nanpercentile(np.concatenate(values), [2.5, 97.5])
     return float(low), float(high)

@@ -15,14 +15,14 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import goes_on, require
 from saevlm_fast.files import cache_directory
+from saevlm_fast.formats.sae_header import read_sae_header
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.outputs import LOCK_FILE, output_lock
-from saevlm_fast.records import RECORD, Fields, read_record
+from saevlm_fast.records import RECORD, Fields, object_of, read_record
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import read_sae_header
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
@@ -89,10 +89,8 @@ def scenes_of_sae(sae_directory: Path) -> tuple[int, str]:
     Raises:
         ValueError: it was trained on something else, or does not say on what; on several rows of an image.
     """
-    source = read_sae_header(sae_directory)[0].metadata.get("source")
-    source = source if isinstance(source, dict) else {}
-    model = source.get("model")
-    spec = model.get("spec") if isinstance(model, dict) else None
+    source = object_of(read_sae_header(sae_directory).config.metadata.get("source"))
+    spec = object_of(source.get("model")).get("spec")
     require(
         spec == f"hf:{TOWER}" and source.get("point") == "residual",
         f"activations: {sae_directory} was not trained on the box's scenes; give --activations and --embeddings of the "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from saevlm_fast.inspection import human_bytes
+from saevlm_fast.files import human_bytes
 
 # Names that do not say by themselves what they are of.
 _LABELS = {

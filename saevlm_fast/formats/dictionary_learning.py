@@ -189,7 +189,7 @@ def _rest(
         fits = min(rest["group_sizes"], default=0) >= 1 and sum(rest["group_sizes"]) == len(state["b_enc"])
         require(fits, f"{path}: group_sizes {rest['group_sizes']} do not sum to d_sae = {len(state['b_enc'])}")
     if known.activation == "topk":
-        rest["k"] = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
+        rest["k"] = source.assumed_k() if rest["k"] is None else rest["k"]
         require(rest["k"] is not None, f"{path}: dictionary_learning: neither it nor {CONFIG} says k: say k {HOW}")
         return rest
     threshold = _number(state, "threshold", path)
@@ -204,7 +204,7 @@ def _uncalibrated(rest: dict[str, Any], like: Tensor, source: Source, path: Path
     if said is not None:
         require(said >= 0, f"assume: threshold is {said:g}; it must not be negative")
         return {"threshold": torch.tensor(said, dtype=float32_at_least(like.dtype))}
-    k = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
+    k = source.assumed_k() if rest["k"] is None else rest["k"]
     message = f"{path}: dictionary_learning: no threshold was measured, and k is not known: say k {HOW}"
     require(k is not None, message)
     doubt = f"no threshold was measured in training; the {k} largest of each row are kept instead of those above one"

@@ -39,11 +39,7 @@ _SAID = (
 
 def detect(source: Source) -> bool:
     """From the names of its tensors."""
-    return is_overcomplete(tensors_of(loaded(source)))
-
-
-def is_overcomplete(found: Mapping[str, Any]) -> bool:
-    """Whether these are names of the library's tensors."""
+    found = tensors_of(loaded(source))
     return "dictionary._weights" in found or "dictionary.C" in found
 
 
@@ -118,7 +114,7 @@ def _activation(found: Mapping[str, Any], source: Source) -> tuple[Any, int | No
         log_S = wide(found, where, thresholds=("d_sae",))["thresholds"]
         threshold_S = log_S.exp()
         return "jumprelu", None, threshold_S, ()
-    threshold, k = source.assumed_number("threshold"), source.assumed_whole("k", 1, 1 << 31)
+    threshold, k = source.assumed_number("threshold"), source.assumed_k()
     activation = source.assumed("activation")
     if threshold is not None:
         refuse(activation not in (None, "batch_topk"), where, NAME, f"a threshold has no place beside {activation}")

@@ -195,7 +195,7 @@ def _nothing_matches(source: Source) -> str:
     return f"{source.path}: no SAE of a known format; found {found}{more}; {advice}; known are {known}"
 
 
-def _saes_below(source: Source, most: int = 10) -> list[str]:
+def _saes_below(source: Source) -> list[str]:
     """Places of SAEs in folders of a folder, two deep, as far as names and small files tell."""
     if source.file is not None:
         return []
@@ -207,6 +207,6 @@ def _saes_below(source: Source, most: int = 10) -> list[str]:
                 found.append(str(folder.relative_to(source.folder)))
         except (ValueError, OSError):
             continue
-        if len(found) == most:
+        if len(found) == 10:
             return [*found, "..."]
     return found

@@ -91,7 +91,7 @@ def read_qwen(source: Source) -> PlainSAE:
     name = weights(source) or ""
     where = source.at(name)
     repository = next((m for part in where.resolve().parts if (m := _QWEN_REPOSITORY.search(part))), None)
-    k = source.assumed_whole("k", 1, 1 << 31) or (int(repository["k"]) if repository else None)
+    k = source.assumed_k() or (int(repository["k"]) if repository else None)
     refuse(k is None, where, "Qwen-Scope", f"its k stands only in the repository's name (L0_50): say k {HOW}")
     names: dict[str, tuple[int | str, ...]] = {
         "W_enc": ("d_sae", "d_in"),

@@ -15,7 +15,7 @@ from saevlm_fast.formats.pickles import state_dict
 from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.formats.single_file import NEGATIVES
 from saevlm_fast.formats.source import Source, floats
-from saevlm_fast.records import RECORD, TEXT, Fields, check_record, optional, parse_json, whole
+from saevlm_fast.records import RECORD, TEXT, Fields, check_record, object_of, optional, parse_json, whole
 
 NAME, FILES = "saev", "sae.pt that begins with a line of JSON"
 WEIGHTS = "sae.pt"
@@ -120,8 +120,7 @@ def _doubts(source: Source, header: dict[str, Any], schema: int, path: Path, act
 def _training(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     """What config.json says of the training run, and of its data."""
     config = source.json("config.json") or {}
-    data = config.get("data")
-    return config, data if isinstance(data, dict) else {}
+    return config, object_of(config.get("data"))
 
 
 def _metadata(source: Source, header: dict[str, Any], schema: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ ASSUMPTIONS = {
 }
 _SMALL = 1 << 26  # bytes of a JSON or YAML file
 _REPEATED = 1 << 24  # numbers of a tensor of which the file may hold fewer, as of one threshold expanded to all latents
+_MOST_K = 1 << 31
 _JSON, _YAML = (".json",), (".yaml", ".yml")
 NOT_SAFETENSORS = (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 T = TypeVar("T")
@@ -183,13 +184,13 @@ class Source:
         require(-float("inf") < number < float("inf"), f"assume: {key} is {value!r}, not a number")
         return number
 
-    def assumed_whole(self, key: str, low: int, high: int) -> int | None:
-        """The same, as a whole number of low .. high. ValueError: it is none."""
-        number = self.assumed_number(key)
+    def assumed_k(self) -> int | None:
+        """k, as a whole number above 0. ValueError: it is none."""
+        number = self.assumed_number("k")
         if number is None:
             return None
-        require(number == int(number), f"assume: {key} is {number:g}, not a whole number")
-        require(low <= number <= high, f"assume: {key} is {number:g}, not between {low} and {high}")
+        require(number == int(number), f"assume: k is {number:g}, not a whole number")
+        require(1 <= number <= _MOST_K, f"assume: k is {number:g}, not between 1 and {_MOST_K}")
         return int(number)
 
     def unused(self) -> list[str]:

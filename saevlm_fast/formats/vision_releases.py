@@ -44,7 +44,7 @@ def read_clip_scope(source: Source) -> PlainSAE:
     value, where = loaded(source), source.at(weights(source) or "")
     shapes: Shapes = {"pre_b": ("d_in",), "enc": ("d_in", "d_sae"), "dec": ("d_sae", "d_in")}
     tensors = wide(tensors_of(value), where, **shapes)
-    k = source.assumed_whole("k", 1, 1 << 31) or value.get("k")
+    k = source.assumed_k() or value.get("k")
     is_k = type(k) is int and k > 0
     refuse(not is_k, where, "CLIP-Scope", f"k is {k!r}; a whole number above 0 is needed")
     layer = re.fullmatch(r"(\d+)_resid", where.resolve().parent.name)

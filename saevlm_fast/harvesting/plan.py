@@ -10,11 +10,12 @@ import torch
 from saevlm_fast import __version__
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
+from saevlm_fast.formats.sae_header import sae_digest
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.pairs import caption
 from saevlm_fast.images.sources import ImageSource, Names
 from saevlm_fast.provenance import misfit
-from saevlm_fast.sae import SparseAutoencoder, sae_digest
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 from saevlm_fast.urls import redacted_text

@@ -26,6 +26,7 @@ from saevlm_fast.look.looked import Looked
 from saevlm_fast.look.measured import Measure
 from saevlm_fast.look.sprites import SIDE, TILES, Tiles, sheet_name
 from saevlm_fast.look.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BANDS
+from saevlm_fast.records import object_of
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.geometry import PatchGrid
 
@@ -143,10 +144,8 @@ def _flat(prefix: str, value: Any) -> Iterator[list[str]]:
 
 def steer_command(path: str, metadata: dict[str, Any]) -> str:
     """With LATENT and ALPHA where a page writes the latent and its largest activation."""
-    source = metadata.get("source")
-    source = source if isinstance(source, dict) else {}
-    model = source.get("model")
-    tower = model.get("spec") if isinstance(model, dict) else None
+    source = object_of(metadata.get("source"))
+    tower = object_of(source.get("model")).get("spec")
     language_model = "hf:tiny-llava" if tower in ("hf:tiny-clip", "hf:tiny-llava") else "hf:LLAVA"  # the box has both
     layer = source.get("layer")
     where = "LAYER" if layer is None else str(layer)

@@ -18,7 +18,8 @@ import pyarrow as pa
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.files import atomic_write, remove_leftovers
+from saevlm_fast.files import atomic_write, remove, remove_leftovers
+from saevlm_fast.formats.sae_header import sae_digest
 from saevlm_fast.look.inputs import Inputs, open_inputs
 from saevlm_fast.look.looked import Looked, Subject, look_at
 from saevlm_fast.look.measured import measures_of, names_of, steered_of, texts_of
@@ -30,7 +31,6 @@ from saevlm_fast.look.sprites import Tiles, write_sheets
 from saevlm_fast.outputs import REPLACEMENT, begin_replacement, output_lock, publish, settle
 from saevlm_fast.records import TEXT, Fields, Kind, read_record, write_record
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import sae_digest
 from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.text import load_text_encoder
 
@@ -274,10 +274,6 @@ class _Bars:
 def _remove_report(output: Path) -> None:
     """Deletes what a report wrote, and nothing else."""
     for name in PARTS:
-        part = output / name
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+        remove(output / name)
     for name in ("index.html", REPORT_FILE, "settings.toml"):
         (output / name).unlink(missing_ok=True)

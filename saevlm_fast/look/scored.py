@@ -9,6 +9,7 @@ import pyarrow as pa
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.tables import numeric_columns
+from saevlm_fast.records import object_of
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.second_pass import SecondPass
 from saevlm_fast.scoring.trust import TrustedScores
@@ -46,7 +47,6 @@ def _feed(
 def encoder_of(embeddings: Activations) -> str:
     """Whose embeddings they are, in words: the model and the point, as far as they are recorded."""
     source = embeddings.source or {}
-    model = source.get("model")
-    spec = model.get("spec") if isinstance(model, dict) else None
+    spec = object_of(source.get("model")).get("spec")
     known = [str(each) for each in (spec, source.get("point")) if each]
     return ", ".join(known) or embeddings.path.name

@@ -141,11 +141,11 @@ class _First:
                 low, high = int(offsets[probe - start]), int(offsets[probe - start + 1])
                 self.fires_PS[i, latents_M[low:high]] = True
 
-    def silent(self, n: int = 5) -> list[list[int]]:
-        """Of every latent up to n images among the probes on which it does not fire, others for every latent."""
+    def silent(self) -> list[list[int]]:
+        """Of every latent up to 5 images among the probes on which it does not fire, others for every latent."""
         quiet_SP = (~self.fires_PS).T.numpy()
         found = []
         for latent, quiet in enumerate(quiet_SP):
             places = np.flatnonzero(quiet)
-            found.append(self.probes[np.roll(places, -latent % max(len(places), 1))[:n]].tolist())
+            found.append(self.probes[np.roll(places, -latent % max(len(places), 1))[:5]].tolist())
         return found

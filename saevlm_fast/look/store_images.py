@@ -12,6 +12,7 @@ from saevlm_fast.errors import ImageError, first_line
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import Images, open_images
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.records import object_of
 from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ class StoreImages:
             ValueError: `images` is no place with images. That of the store need not be one: stores outlive pictures.
         """
         self.wanted = not (isinstance(images, str) and images == NONE)
-        recorded = (source or {}).get("images")
-        stored = recorded.get("path") if isinstance(recorded, dict) else None
+        stored = object_of((source or {}).get("images")).get("path")
         place = (images if images is not None else stored or None) if self.wanted else None  # stored as "": of a list
         self.path = redacted_text(os.fspath(place)) if isinstance(place, str | os.PathLike) else None
         self.missing: dict[str, str] = {}

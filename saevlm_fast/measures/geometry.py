@@ -101,9 +101,9 @@ def nearest(rows_SD: Tensor, others_FD: Tensor, k: int, same: bool = False) -> t
     return torch.cat(cosines).numpy(), torch.cat(which).numpy()
 
 
-def random_level(n: int, n_others: int, d: int, same: bool = False, seed: int = 0) -> float:
+def random_level(n: int, n_others: int, d: int, same: bool = False) -> float:
     """The mean cosine of a random direction to the nearest of n_others random ones, of some of n."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     others_FD = normalize(torch.randn(n_others, d, generator=generator), dim=1)
     some = min(n, _RANDOM_ROWS)
     rows_SD = others_FD[:some] if same else normalize(torch.randn(some, d, generator=generator), dim=1)

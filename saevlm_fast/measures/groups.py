@@ -7,6 +7,7 @@ it has a group of its own. Controls that were trained stand in the group of the 
 from collections.abc import Mapping
 from typing import Any
 
+from saevlm_fast.records import object_of
 from saevlm_fast.sae import SparseAutoencoder
 
 RANDOM_WEIGHTS = "random-weights"  # the control of SAEs that were trained on a tower of random weights
@@ -17,15 +18,13 @@ def control_of(sae: SparseAutoencoder) -> str | None:
     """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
     if sae.config.control is not None:
         return sae.config.control
-    source = sae.config.metadata.get("source")
-    model = source.get("model") if isinstance(source, dict) else None
-    return RANDOM_WEIGHTS if isinstance(model, dict) and model.get("random_weights") else None
+    model = object_of(object_of(sae.config.metadata.get("source")).get("model"))
+    return RANDOM_WEIGHTS if model.get("random_weights") else None
 
 
 def training_of(sae: SparseAutoencoder) -> dict[str, Any]:
     """What its record says of its training."""
-    training = sae.config.metadata.get("training")
-    return training if isinstance(training, dict) else {}
+    return object_of(sae.config.metadata.get("training"))
 
 
 def groups_of(saes: Mapping[str, SparseAutoencoder]) -> dict[str, str]:

@@ -26,9 +26,7 @@ _SHUFFLES = 500
 _UNKNOWN = -1
 
 
-def hierarchy(
-    codes: KeptCodes, labels: LabelSet, taxonomy: Taxonomy, group_sizes: Sequence[int], n_top: int = TOP
-) -> Measured:
+def hierarchy(codes: KeptCodes, labels: LabelSet, taxonomy: Taxonomy, group_sizes: Sequence[int]) -> Measured:
     """The mean depth of every latent's top images, of each level, and of the controls of levels.
 
     Args:
@@ -49,7 +47,7 @@ def hierarchy(
     require(bool(names), f"taxonomy: {taxonomy.origin} has none of the labels of {labels.name}")
     renumber = np.append(np.where(known, np.cumsum(known) - 1, _UNKNOWN), _UNKNOWN)
     label_N = renumber[label_N]
-    latents_T, images_TP = codes.top_images(n_top)
+    latents_T, images_TP = codes.top_images(TOP)
     depth_T = mean_depths(label_N[images_TP], names, taxonomy)
     depth_S = np.full(codes.n_latents, np.nan)
     depth_S[latents_T] = depth_T

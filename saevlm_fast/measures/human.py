@@ -284,7 +284,7 @@ def verify_order(benchmark: Benchmark, paper_K: np.ndarray) -> tuple[str, float]
 # Agreement ------------------------------------------------------------------------------------------------------------
 
 
-def agreement(benchmark: Benchmark, score_K: np.ndarray, draws: int = _DRAWS, seed: int = 0) -> Figures:
+def agreement(benchmark: Benchmark, score_K: np.ndarray) -> Figures:
     """How often a score prefers the neuron that people did.
 
     Returns:
@@ -303,7 +303,7 @@ def agreement(benchmark: Benchmark, score_K: np.ndarray, draws: int = _DRAWS, se
         bins.append(
             {"from": low, "to": low + BIN, "n": len(inside), "value": value, "interval": wilson(value, len(inside))}
         )
-    intervals = _intervals(benchmark, agree_P, bins_P, draws, seed)
+    intervals = _intervals(benchmark, agree_P, bins_P)
     status = "defined" if n > int(undefined_P.sum()) else "too few"
     defined_P = ~undefined_P
     return {
@@ -329,13 +329,11 @@ def _agree(benchmark: Benchmark, x_P: np.ndarray, y_P: np.ndarray) -> tuple[np.n
     return agree_P, undefined_P
 
 
-def _intervals(
-    benchmark: Benchmark, agree_P: np.ndarray, bins_P: np.ndarray, draws: int, seed: int
-) -> tuple[list[float], list[float]]:
+def _intervals(benchmark: Benchmark, agree_P: np.ndarray, bins_P: np.ndarray) -> tuple[list[float], list[float]]:
     """Of the pooled and the macro mean."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     k = len(benchmark.neurons)
-    drawn_RK = generator.multinomial(k, np.full(k, 1 / k), draws)
+    drawn_RK = generator.multinomial(k, np.full(k, 1 / k), _DRAWS)
     weight_RP = (drawn_RK[:, benchmark.x_P] * drawn_RK[:, benchmark.y_P]).astype(float)
     means = [_weighted(weight_RP, agree_P)]
     per_bin = [_weighted(weight_RP[:, bins_P == each], agree_P[bins_P == each]) for each in np.unique(bins_P)]
@@ -370,14 +368,14 @@ def _logistic(gap_P: np.ndarray, agree_P: np.ndarray) -> Figures:
     return nothing
 
 
-def against(benchmark: Benchmark, score_K: np.ndarray, name: str = "dino") -> Figures:
-    """McNemar's exact test against a released score, over pairs that both decide.
+def against_dino(benchmark: Benchmark, score_K: np.ndarray) -> Figures:
+    """McNemar's exact test against the released score by DINO, over pairs that both decide.
 
     Returns:
         only_this, only_released: pairs that one of them gets right; p.
     """
     mine_P, _ = _agree(benchmark, score_K[benchmark.x_P], score_K[benchmark.y_P])
-    theirs_P, _ = _agree(benchmark, *benchmark.released[name])
+    theirs_P, _ = _agree(benchmark, *benchmark.released["dino"])
     decided_P = (mine_P != 0.5) & (theirs_P != 0.5)
     only_this = int((decided_P & (mine_P > theirs_P)).sum())
     only_released = int((decided_P & (mine_P < theirs_P)).sum())
@@ -390,7 +388,7 @@ def all_agreements(benchmark: Benchmark, scores: Mapping[str, np.ndarray]) -> di
     """Of the released scores, of `scores` [K] by name, and of a coin."""
     everything = {f"released, {name}": benchmark.of_neurons(name) for name in RELEASED} | dict(scores)
     found = {
-        name: agreement(benchmark, each) | {"against_dino": against(benchmark, each)}
+        name: agreement(benchmark, each) | {"against_dino": against_dino(benchmark, each)}
         for name, each in everything.items()
     }
     return found | {"random": agreement(benchmark, np.zeros(len(benchmark.neurons)))}

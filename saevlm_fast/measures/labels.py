@@ -163,12 +163,12 @@ def _entropy(counts: Any, n_labels: int) -> np.ndarray:
     return np.where(totals > 0, np.abs(entropy_S) if n_labels > 1 else 0.0, np.nan)
 
 
-def chance_purity(labels: LabelSet, n_S: np.ndarray, n_permutations: int, seed: int = 0) -> Chance:
+def chance_purity(labels: LabelSet, n_S: np.ndarray, n_permutations: int) -> Chance:
     """The purity of n random images, for each n. ValueError: no permutations."""
     require(n_permutations >= 1, f"n_permutations: {n_permutations} must be at least 1")
     numbers, places = np.unique(n_S, return_inverse=True)
     purity_RU = np.full((n_permutations, len(numbers)), np.nan)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     above = numbers > 0
     for row in purity_RU:
         most_N = _running_most(labels, generator.permutation(labels.n_images))

@@ -159,12 +159,12 @@ def told_by_one_latent(
     return which, latents, figures
 
 
-def _interval(loss: np.ndarray, bias: np.ndarray, times: int = 1000) -> list[float]:
+def _interval(loss: np.ndarray, bias: np.ndarray) -> list[float]:
     """95 %: labels drawn anew."""
     if len(loss) < 2:
         return [math.nan, math.nan]
     generator = np.random.default_rng(0)
-    drawn = generator.multinomial(len(loss), np.full(len(loss), 1 / len(loss)), times)
+    drawn = generator.multinomial(len(loss), np.full(len(loss), 1 / len(loss)), 1000)
     return [float(each) for each in np.quantile(1 - (drawn @ loss) / (drawn @ bias), [0.025, 0.975])]
 
 

@@ -19,6 +19,7 @@ from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean
 KS = (1, 2, 5, 10, 20)
 LEAST_POSITIVES = 8  # of a label, in each half
 _MOST_IMAGES = 2000  # of each class, to fit on
+_MOST_LABELS = 50  # spread evenly over those that have enough images, which are sorted
 
 
 def sparse_probing(
@@ -26,14 +27,11 @@ def sparse_probing(
     labels: LabelSet,
     half_N: np.ndarray,
     ids: Sequence[str],
-    ks: Sequence[int] = KS,
-    most_labels: int = 50,
 ) -> Measured:
     """Accuracy of probes of k latents, mean over labels.
 
     Args:
         codes, labels: of the same N images. half_N: the half to fit on. ids: of the images.
-        ks: how many latents. most_labels: every so-manyeth of the labels that have enough images (they are sorted).
 
     Returns:
         figures: labels, accuracy {"1": {mean, interval}, ...}, chance. The status says where too few have enough.
@@ -43,12 +41,12 @@ def sparse_probing(
     draw_N = np.array([zlib.crc32(f"drawn {each}".encode()) for each, known in zip(ids, known_N) if known], np.int64)
     fits_L = np.minimum(labels.part(half_N).counts_L, labels.part(~half_N).counts_L) >= LEAST_POSITIVES
     chosen = np.flatnonzero(fits_L)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(most_labels, len(chosen))).round().astype(int)]
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(_MOST_LABELS, len(chosen))).round().astype(int)]
     # Fewer images of the rest than of the label, as of one that nearly all have, cannot be balanced.
     by_image = codes.matrix().T.tocsr()
-    probed = (_label(by_image, labels, half_N, draw_N, label, ks) for label in chosen)
+    probed = (_label(by_image, labels, half_N, draw_N, label) for label in chosen)
     accuracy = [each for each in probed if each is not None]
-    found = np.array(accuracy).reshape(len(accuracy), len(ks))
+    found = np.array(accuracy).reshape(len(accuracy), len(KS))
     figures: Figures = {
         "status": "defined" if len(found) else "too few",
         "labels": len(found),
@@ -56,15 +54,13 @@ def sparse_probing(
         "chance": 0.5,
         "accuracy": {
             str(k): {"mean": float(column.mean()) if len(column) else math.nan, "interval": bootstrap_mean(column)}
-            for k, column in zip(ks, found.T)
+            for k, column in zip(KS, found.T)
         },
     }
     return Measured(figures)
 
 
-def _label(
-    by_image: Any, labels: LabelSet, half_N: np.ndarray, draw_N: np.ndarray, label: int, ks: Sequence[int]
-) -> list[float] | None:
+def _label(by_image: Any, labels: LabelSet, half_N: np.ndarray, draw_N: np.ndarray, label: int) -> list[float] | None:
     has_N = np.zeros(labels.n_images, bool)
     has_N[labels.images_M[labels.labels_M == label]] = True
     sides = [_balanced(has_N, half, draw_N) for half in (half_N, ~half_N)]
@@ -74,7 +70,7 @@ def _label(
     fit_has, test_has = (has_N[side] for side in sides)
     difference_S = np.abs(_means(fit[fit_has]) - _means(fit[~fit_has]))
     ranked = np.argsort(-difference_S, kind="stable")
-    return [_accuracy(fit, fit_has, test, test_has, ranked[:k]) for k in ks]
+    return [_accuracy(fit, fit_has, test, test_has, ranked[:k]) for k in KS]
 
 
 def _means(matrix: Any) -> np.ndarray:

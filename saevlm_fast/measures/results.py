@@ -75,15 +75,15 @@ def mean_both_ways(values_S: np.ndarray, defined_S: np.ndarray, null: float) -> 
     }
 
 
-def bootstrap_mean(values: np.ndarray, n: int = 1000, seed: int = 0) -> list[float]:
+def bootstrap_mean(values: np.ndarray) -> list[float]:
     """The 95 % percentile interval of a mean, latents drawn with replacement; [nan, nan] of fewer than 2."""
     if len(values) < 2:
         return [math.nan, math.nan]
-    generator = np.random.default_rng(seed)
-    if len(values) > 2000:  # the normal interval is the same there, without n x len(values) draws
+    generator = np.random.default_rng(0)
+    if len(values) > 2000:  # the normal interval is the same there, without 1000 x len(values) draws
         half = 1.959964 * float(values.std(ddof=1)) / math.sqrt(len(values))
         return [float(values.mean()) - half, float(values.mean()) + half]
-    means = values[generator.integers(0, len(values), (n, len(values)))].mean(1)
+    means = values[generator.integers(0, len(values), (1000, len(values)))].mean(1)
     return [float(each) for each in np.quantile(means, [0.025, 0.975])]
 
 

@@ -35,6 +35,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.measures.results import Figures, Measured
 from saevlm_fast.measures.subjects import ImageRows, Model, reconstruct
 from saevlm_fast.measures.taxonomy import Taxonomy
+from saevlm_fast.records import object_of
 
 SEED = 42
 KS = (1, 5, 10, 20, 50, 100)
@@ -64,9 +65,8 @@ def grid_of(activations: Activations, rows: ImageRows) -> Grid | str:
     n_patches, rest = divmod(activations.n_rows, n_images)
     if rest or not np.array_equal(rows.image_of_row, np.repeat(np.arange(n_images), n_patches)):
         return "images have different numbers of rows; harvest --tokens patches"
-    source = activations.source if isinstance(activations.source, dict) else {}
-    layout = source.get("layout") or source.get("token_layout")
-    grid = layout.get("grid") if isinstance(layout, dict) else None
+    source = object_of(activations.source)
+    grid = object_of(source.get("layout") or source.get("token_layout")).get("grid")
     side = math.isqrt(n_patches)
     height, width = grid if isinstance(grid, list) and len(grid) == 2 else (side, side)
     if source.get("tokens") not in (None, "patches") or height * width != n_patches:

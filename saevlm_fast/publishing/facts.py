@@ -10,8 +10,9 @@ from typing import Any
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
-from saevlm_fast.records import parse_json
-from saevlm_fast.sae import WEIGHTS_FILE, SAEHeader, read_sae_header
+from saevlm_fast.formats.sae_header import SAEHeader, read_sae_header
+from saevlm_fast.records import object_of, parse_json
+from saevlm_fast.sae import WEIGHTS_FILE
 from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, read_settings
 
 SCORES_FILE = "scores.parquet"
@@ -60,9 +61,9 @@ class Facts:
         return cls(
             directory=directory,
             header=header,
-            source=_dict(metadata.get("source")),
-            recipe=_recipe(run, header.config) or _dict(metadata.get("training")),
-            data=public(_dict(run.get("data"))),
+            source=object_of(metadata.get("source")),
+            recipe=_recipe(run, header.config) or object_of(metadata.get("training")),
+            data=public(object_of(run.get("data"))),
             evaluation=_last_evaluation(directory / METRICS_FILE),
             held_out=_held_out(directory / _SETTINGS_FILE),
             scores=_scores(directory / SCORES_FILE, directory / WEIGHTS_FILE),
@@ -72,7 +73,7 @@ class Facts:
     @property
     def model(self) -> str | None:
         """What the activations are of, as `harvest --model` was told: hf:openai/clip-vit-large-patch14."""
-        spec = _dict(self.source.get("model")).get("spec") or self.header.config.metadata.get("model")
+        spec = object_of(self.source.get("model")).get("spec") or self.header.config.metadata.get("model")
         return spec if isinstance(spec, str) else None
 
     @property
@@ -103,13 +104,9 @@ def public(value: Any) -> Any:
     return [public(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}  # free-form in SAEs of other makers
-
-
 def _recipe(run: dict[str, Any], config: SAEConfig) -> dict[str, Any]:
     """Of a run, the settings that it was made by, also those that were not given; as recorded by another release."""
-    recorded = _dict(run.get("train"))
+    recorded = object_of(run.get("train"))
     try:
         return TrainConfig(**{**recorded, "betas": tuple(recorded["betas"])}).used(config)
     except (KeyError, TypeError, ValueError):
@@ -123,7 +120,9 @@ def _last_evaluation(path: Path) -> dict[str, float]:
     require(path.stat().st_size <= _LONGEST_LOG, f"{path}: longer than a log of ours gets")
     for line in reversed(path.read_bytes().splitlines()):
         record = parse_json(line, path)
-        found = {name.removeprefix("eval/"): value for name, value in _dict(record).items() if name.startswith("eval/")}
+        found = {
+            name.removeprefix("eval/"): value for name, value in object_of(record).items() if name.startswith("eval/")
+        }
         if found:
             return {name: value for name, value in found.items() if isinstance(value, int | float)}
     return {}

@@ -222,7 +222,8 @@ def staging(what: Push, facts: Facts) -> Iterator[Path]:
         write_record(place / CONFIG_FILE, public_config(source / CONFIG_FILE))
         own = source / CARD_FILE
         written = own.is_file() and not is_ours(own)
-        text = own.read_text(encoding="utf-8", errors="replace") if written else card_of(what, facts)
+        ours = card(facts, repo=what.repo, sae_id=what.place, licence=what.licence)
+        text = own.read_text(encoding="utf-8", errors="replace") if written else ours
         (place / CARD_FILE).write_text(text, encoding="utf-8")
         if facts.picture is not None:
             (place / facts.picture.name).write_bytes(facts.picture.read_bytes())
@@ -233,11 +234,6 @@ def public_config(path: Path) -> dict[str, Any]:
     """cfg.json without the folders of this machine, which is nobody's business."""
     cfg = read_record(path, Fields({}))
     return cfg | {"metadata": public(cfg.get("metadata") or {})}
-
-
-def card_of(what: Push, facts: Facts) -> str:
-    """The SAE's card, in its folder."""
-    return card(facts, repo=what.repo, sae_id=what.place, licence=what.licence)
 
 
 def _add_readme(api: Any, what: Push, before: Remote, facts: Facts, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from saevlm_fast.records import object_of
 from saevlm_fast.scoring.image_rows import ImageTable
 
 _MOST_PREFIX = 16  # CLS and registers, where a store does not say how many
@@ -66,10 +67,10 @@ def covered(source: Mapping[str, Any] | None, width: int, height: int) -> Region
 
     Of a preprocessing that is not understood: the whole.
     """
-    model = (source or {}).get("model")
-    preprocess = model.get("preprocess") if isinstance(model, dict) else None
-    settings = preprocess.get("settings", preprocess) if isinstance(preprocess, dict) else {}
-    if isinstance(model, dict) and model.get("square"):  # what is cropped then is cropped from a square
+    model = object_of((source or {}).get("model"))
+    preprocess = object_of(model.get("preprocess"))
+    settings = preprocess.get("settings", preprocess)
+    if model.get("square"):  # what is cropped then is cropped from a square
         width = height = int(model["square"])
     try:
         return _covered(settings, width, height)

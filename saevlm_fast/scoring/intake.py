@@ -43,12 +43,10 @@ def check_embeddings(images: Embeddings, similarity: str, first_image: int) -> N
         refuse_embeddings(images, similarity, first_image, least == 0, not (least >= 0 and most < float("inf")))
 
 
-def checked_embeddings(
-    emb_nE: Tensor, n_rows: int, similarity: str, first_image: int, device: torch.device
-) -> Embeddings:
-    """embeddings_on and check_embeddings."""
+def checked_embeddings(emb_nE: Tensor, n_rows: int, first_image: int, device: torch.device) -> Embeddings:
+    """embeddings_on and check_embeddings, for cosines."""
     images = with_norms(embeddings_on(emb_nE, n_rows, None, device))
-    check_embeddings(images, similarity, first_image)
+    check_embeddings(images, "cosine", first_image)
     return images
 
 

@@ -217,7 +217,7 @@ def _runs(patches: ScoredPatches, target: torch.device) -> Iterator[tuple[int, i
             low, high = starts[first], starts[last]
             some = rows_between(codes, low, high)
             assert isinstance(some, SparseCodes)
-            images = checked_embeddings(emb_nE[low:high], high - low, "cosine", 0, target)
+            images = checked_embeddings(emb_nE[low:high], high - low, 0, target)
             lengths = torch.tensor([b - a for a, b in pairwise(starts[first : last + 1])])
             yield done + first, last - first, _pooled(some.to(target), images, lengths.to(target))
         done += len(starts) - 1

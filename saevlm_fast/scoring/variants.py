@@ -66,7 +66,7 @@ def visaebench_score(
     intake = CodesIntake(images.n_latents, 1, tops) if images.sparse else DenseIntake(images.n_latents, tops)
     n_images = 0
     for start, values, emb_nE in images.chunks():
-        checked = checked_embeddings(emb_nE[""], len(emb_nE[""]), "cosine", start, torch.device("cpu"))
+        checked = checked_embeddings(emb_nE[""], len(emb_nE[""]), start, torch.device("cpu"))
         intake.add(values.to("cpu"), checked.emb_nE, start, checked.sqnorm_n)
         n_images = start + len(emb_nE[""])
         on_rows(images.done(n_images))

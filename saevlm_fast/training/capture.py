@@ -140,7 +140,7 @@ class CapturedSteps:
 
     def _captured(self, shapes: Shapes, call: Callable[[], R]) -> _Captured | None:
         """The graph of a call of these shapes; None if it is to be eager."""
-        if not self.capture or self._seen.get(shapes, 0) < _EAGER_FIRST or not self.stepper.low_is_current():
+        if not self.capture or self._seen.get(shapes, 0) < _EAGER_FIRST or not self.stepper.low.is_current():
             return None
         captured = self._graphs.get(shapes)
         if captured is None or captured.addresses != self._addresses():
@@ -159,7 +159,9 @@ class CapturedSteps:
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
         counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
         given = stepper.sparsity, stepper.group_ends_G, *(() if stepper.cone is None else stepper.cone[:1])
-        return [t.data_ptr() for t in (*state, *counters, *given, *(stepper.low or ()), *_tensors_in(stepper.asked))]
+        return [
+            t.data_ptr() for t in (*state, *counters, *given, *(stepper.low.weights or ()), *_tensors_in(stepper.asked))
+        ]
 
     def _capture(self, call: Callable[[], R]) -> _Captured | None:
         """A call, recorded and not made. None, and no further attempt: it cannot be.

@@ -38,6 +38,7 @@ from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
     atomic_write,
+    remove,
     remove_leftovers,
     remove_leftovers_of,
     sha256_file,
@@ -369,7 +370,7 @@ def _remove_run(output: Path) -> None:
     else:
         remove_leftovers(directory)
         for checkpoint in checkpoints(output):
-            checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+            remove(checkpoint)
         with suppress(OSError):  # not there, or not empty
             directory.rmdir()
     remove_watched(output)

@@ -219,7 +219,7 @@ def train_many(
     train_on, held_out = fitting(activations, validation, *saes.values())
     evaluated = EvaluatedRows.of_run(train_on, held_out, recipes[first])
     device = resolve_device(options.device)
-    needed = _needed(saes, recipes, train_on.n_rows)
+    needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
     check_memory(device, needed)
     if options.output is not None and not options.resume:
         check_disk(options.output, saes.values())
@@ -312,10 +312,6 @@ def own_options(options: RunOptions, name: str) -> RunOptions:
     return options if options.output is None else replace(options, output=options.output / name)
 
 
-def _needed(saes: Mapping[str, SAEConfig], recipes: Mapping[str, TrainConfig], n_rows: int) -> dict[str, int]:
-    return {name: memory_of(sae, recipes[name], n_rows) for name, sae in saes.items()}
-
-
 def recipes_of(
     who: str,
     saes: Mapping[str, Any],
@@ -328,7 +324,7 @@ def recipes_of(
     check_kind("saes", saes, Mapping, f"{kind.__name__}s by name")
     require(len(saes) > 0, "saes: there is none")
     for name, sae in saes.items():
-        check_name("saes", name, alone=len(saes) == 1)
+        check_name(name, alone=len(saes) == 1)
         check_kind(f"saes[{name!r}]", sae, kind, f"an {kind.__name__}")
     if isinstance(config, Mapping):
         missing = sorted(saes.keys() ^ config.keys())
@@ -349,8 +345,8 @@ def recipes_of(
     return recipes, parts[first][1]
 
 
-def check_name(argument: str, name: Any, alone: bool = False) -> None:
+def check_name(name: Any, alone: bool = False) -> None:
     """ValueError: it is not one directory's name; of one that is alone it may be empty."""
-    check_kind(argument, name, str, "names of directories")
+    check_kind("saes", name, str, "names of directories")
     fits = Path(name).name == name and not name.startswith(".") and "\0" not in name and (name != "" or alone)
-    require(fits, f"{argument}: {name!r} is not the name of a directory")
+    require(fits, f"saes: {name!r} is not the name of a directory")

@@ -320,14 +320,14 @@ def diverged(what: str, kept: str) -> ValueError:
     return ValueError(f"{what}; {kept}. Try a smaller lr")
 
 
-def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+def geometric_median(points_BD: Tensor) -> Tensor:
     """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
     guess_D = points_BD.mean(0)
-    for _ in range(max_iter):
+    for _ in range(100):
         previous_D = guess_D
         weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
         weights_B = weights_B / weights_B.sum()
         guess_D = weights_B @ points_BD
-        if (guess_D - previous_D).norm() < tol:
+        if (guess_D - previous_D).norm() < 1e-5:
             break
     return guess_D

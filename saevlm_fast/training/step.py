@@ -14,7 +14,6 @@ from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, clip_coefficient
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
-from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
 from saevlm_fast.runtime import exactly
@@ -24,6 +23,7 @@ from saevlm_fast.training.accumulate import SummedGradients, in_turns, joined, j
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
+from saevlm_fast.training.low_copy import LowCopy
 from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
@@ -59,6 +59,7 @@ class Stepper:
         n_listed: on a GPU, length of the announced step's padded list of dead latents.
         asked: on a GPU, what the announced step of a relu or jumprelu SAE had to ask.
         sparsity: the share of their penalty in it, as the device knows it.
+        low: W_enc in float16, on a GPU whose encoder screens.
         cone: where the decoder's rows are held, of a soft-frozen control: around those that config.seed begins with.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
@@ -90,9 +91,7 @@ class Stepper:
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
         self.n_listed = 0
-        # W_enc in float16, latent-major, with the bounds of that rounding: on a GPU whose encoder screens.
-        self.low: LowWeights | None = None
-        self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
+        self.low = LowCopy(sae)
         # As the device knows them, in one piece of memory: Adam's schedule, and n_steps.
         self._announced = torch.zeros(3, dtype=torch.int64, device=device)
         self.adam_schedule, self.step_index = self._announced[:2].view(torch.float64), self._announced[2]
@@ -170,7 +169,7 @@ class Stepper:
         from saevlm_fast.training.gpu_codes import asked_first
 
         with torch.cuda.device_of(x_BD):
-            return asked_first(self.sae, self.config, x_BD, self._low_W_enc())
+            return asked_first(self.sae, self.config, x_BD, self.low.current())
 
     def answer(self) -> int:
         """How many places there are for the entries of a step that has asked, 0: too many. The device is waited for."""
@@ -323,7 +322,7 @@ class Stepper:
         """What a GPU's step on this batch reads and moves on."""
         from saevlm_fast.training.gpu_step import State
 
-        low = self._low_if_screened(x_BD)
+        low = self.low.current() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k or 1) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
         return State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
 
@@ -341,43 +340,10 @@ class Stepper:
             codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
         return codes.to(dtype=sae.W_dec.dtype), None
 
-    def _low_if_screened(self, x_BD: Tensor) -> LowWeights | None:
-        return self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k or 1) else None
-
-    def _low_W_enc(self) -> LowWeights:
-        """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
-
-        A change through `.data` moves no version counter and is not seen.
-        """
-        W_enc_SD = self.sae.W_enc.detach().T
-        if self.low is None:
-            d_sae, d_in = W_enc_SD.shape
-            self.low, self._low_of = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
-        if not self._low_is_of_W_enc():
-            self.low.write_(0, W_enc_SD)
-            self._low_is_written()
-        return self.low
-
-    def low_is_current(self) -> bool:
-        """Whether the next step finds the low copy of W_enc as the last one left it."""
-        return self.low is None or self._low_is_of_W_enc()
-
     def was_replayed(self) -> None:
         """Kernels and CUDA graphs that write parameters move no version counter: moved here."""
         torch.autograd.graph.increment_version([*self.parameters().values(), self.sae.threshold])
-        self._low_is_written()
-
-    def _low_is_written(self) -> None:
-        """The tensor itself is kept: while it lives, no other one can have its address."""
-        W_enc = self.sae.W_enc.detach()
-        self._low_of = W_enc, W_enc._version
-
-    def _low_is_of_W_enc(self) -> bool:
-        """Whether W_enc was neither replaced nor written to since the copy was."""
-        if self._low_of is None:
-            return False
-        of, version = self._low_of
-        return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
+        self.low.was_written()
 
     def _track(self, fired_S: Tensor, n_rows: int, smallest: Tensor) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses. smallest: activation kept."""

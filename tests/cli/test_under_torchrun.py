@@ -10,7 +10,7 @@ import torch
 
 from command import run
 from saevlm_fast.cli import ranks, same_call
-from saevlm_fast.cli.evaluate import EvaluateArguments
+from saevlm_fast.cli.evaluate_options import EvaluateArguments
 from saevlm_fast.cli.ms_score import ScoreArguments
 from saevlm_fast.cli.same_call import check_same_call, check_same_data, digest_of
 from saevlm_fast.cli.terminal import tell

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from damage import edit_record
+from damage import edit_record, flip
 from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, read_items, verify
@@ -297,12 +297,6 @@ def test_ranks_write_numbered_shards_and_rank_0_merges(tmp_path):
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def test_every_kind_of_damage_is_found_and_named(tmp_path):

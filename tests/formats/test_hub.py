@@ -17,9 +17,10 @@ from saevlm_fast.formats import hub as module
 from saevlm_fast.formats import places
 from saevlm_fast.formats.hub import candidates, files_of, look_up, resolve
 from saevlm_fast.formats.places import HubSpec, is_remote, parse_spec
+from saevlm_fast.formats.sae_header import read_sae_header, sae_digest
 from saevlm_fast.inspection import inspect
 from saevlm_fast.publishing.pull import pull
-from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
+from saevlm_fast.sae import SparseAutoencoder
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 

@@ -16,8 +16,9 @@ from foreign_trainers import CLASSES, DICTIONARY_LEARNING, SAE_LENS, SAEV, TRAIN
 from saevlm_fast.errors import Doubt
 from saevlm_fast.formats import export
 from saevlm_fast.formats.registry import detect, digest, read, read_header
+from saevlm_fast.formats.sae_header import read_sae_header, sae_digest
 from saevlm_fast.formats.source import Source
-from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
+from saevlm_fast.sae import SparseAutoencoder
 
 INPUT = {"input_mean": 0, "input_std": 1}  # of saev's first files, which do not say it
 

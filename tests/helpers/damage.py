@@ -15,6 +15,13 @@ def edit_record(path, **changes):
     return path
 
 
+def flip(path, position):
+    """One bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
 def redigest(store):
     """The index of a store with the digests of its files as they are now."""
     index = json.loads((store / "index.json").read_text())

@@ -30,10 +30,10 @@ def write_photos(folder: Path, photos: dict[str, bytes] = PHOTOS) -> Path:
     return folder
 
 
-def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
+def write_tar(file: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as archive:
-        for name, data in members:
+        for name, data in members.items() if isinstance(members, dict) else members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

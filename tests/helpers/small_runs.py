@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 from forked import Forked
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
@@ -69,3 +70,8 @@ def stop_at(step):
             raise Stopped
 
     return on_step
+
+
+def same_weights(one, other):
+    """Of two SAEs, to the bit."""
+    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())

@@ -32,6 +32,13 @@ def random_sparse_codes(n_rows: int, k: int, d_sae: int, layout: str, dtype: tor
     return SparseCodes.from_flat(*random_codes(n_rows, k, d_sae, layout, dtype, seed), d_sae)
 
 
+def group_by_latent(r_NK):
+    """acts_M, images_M, offsets_S1 of the non-zeros of a dense matrix."""
+    latents_M, images_M = torch.nonzero(r_NK.T).unbind(1)
+    counts_S = torch.bincount(latents_M, minlength=r_NK.shape[1])
+    return r_NK.T[latents_M, images_M], images_M, torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
+
+
 def _ascending_latents(k: int, d_sae: int, generator: torch.Generator) -> Tensor:
     others = 1 + torch.randperm(d_sae - 1, generator=generator)[: max(k - 1, 0)]
     return torch.cat([torch.zeros(1, dtype=torch.int64), others])[:k].sort().values

@@ -1,7 +1,5 @@
 """A LLaVA with an SAE to score, and its commands."""
 
-import torch
-
 from command import run
 
 LAYER, N_IMAGES, S, DEAD, ALPHA = 2, 40, 48, 7, 30.0
@@ -17,10 +15,6 @@ def score_words(box, output, *more):
 
 def score_command(box, output, *more, code=0):
     return run(*score_words(box, output, *more), code=code)
-
-
-def dense_codes(codes):
-    return torch.cat([chunk.dense() for _, chunk in codes.chunks(7)])
 
 
 def steer_command(box, *more, code=0):

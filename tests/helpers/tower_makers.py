@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from narrow_towers import randomised
 from PIL import Image
 
 from saevlm_fast.towers.from_open_clip import wrap_open_clip
@@ -26,14 +27,6 @@ def pictures(n: int = 5) -> list[Any]:
     found.append(corner.copy())
     corner[: SIZE // 4, -SIZE // 4 :] = found[2][: SIZE // 4, : SIZE // 4]
     return [Image.fromarray(picture) for picture in [*found, corner][:n]]
-
-
-def randomised(model: Any) -> Any:
-    """Weights large enough that every token and image is another vector; statistics of batch norms as they are."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def prepared(tower: Tower, images: list[Any]) -> dict[str, Any]:

@@ -10,3 +10,7 @@ def assert_scores(scores: MonosemanticityScores, truth_S, tolerance: float) -> N
     assert torch.equal(scores.ms.isnan(), truth_S.isnan())
     assert torch.equal(scores.ms.isnan(), scores.status != STATUSES.index("defined"))
     torch.testing.assert_close(scores.ms, truth_S, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from image_sources import write_tar
 from PIL import Image
 
 from saevlm_fast.errors import ImageError
@@ -21,15 +21,6 @@ def png(seed: int = 0) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, "PNG")
     return out.getvalue()
-
-
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def captions(source):
@@ -51,7 +42,7 @@ def test_tar_shards(tmp_path):
         "f.png": png(5),
         "f.json": b'{"TEXT": "in capitals"}',
     }
-    source = open_images(tar(tmp_path / "0.tar", members))
+    source = open_images(write_tar(tmp_path / "0.tar", members))
     assert captions(source) == ["a cat", "of json", None, None, None, "in capitals"]
     assert captions(pickle.loads(pickle.dumps(source))) == captions(source)
     with pytest.raises(ImageError, match="no caption"):

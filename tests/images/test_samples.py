@@ -1,14 +1,13 @@
 """Members of archives become images and labels: the rule of images/samples.py, against webdataset's own pattern."""
 
-import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sources import write_tar
 
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.samples import Member, Sample, Samples, split_name
@@ -119,15 +118,6 @@ def test_which_members_are_images(names: list[str], images: list[str]) -> None:
 def test_where_labels_come_from(contents: dict[str, bytes], labels: list[str | None]) -> None:
     assert labels_of(contents) == labels
     assert sorted(map(str, labels_of(dict(reversed(contents.items()))))) == sorted(map(str, labels))
-
-
-def write_tar(file: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(file, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file
 
 
 def test_what_is_not_used_is_told(tmp_path: Path) -> None:

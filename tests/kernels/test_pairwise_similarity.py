@@ -13,6 +13,7 @@ from saevlm_fast.kernels.pairwise_similarity import (
     pairwise_sums,
     prepare_embeddings,
 )
+from sparse_codes import group_by_latent
 from static_compile import TARGETS, Case, assert_no_spills
 
 SHAPES = [(1, 1, 1), (2, 1, 3), (67, 37, 19), (129, 5, 40), (64, 33, 16)]
@@ -39,13 +40,6 @@ def make_data(n_images: int, n_latents: int, d_emb: int, seed: int = 0):
         r_NK[:, 3] = torch.rand(n_images, generator=generator)
         r_NK[n_images // 2, 4] = 1e6
     return r_NK, torch.randn(n_images, d_emb, generator=generator, dtype=torch.float64)
-
-
-def group_by_latent(r_NK):
-    """acts_M, images_M, offsets_S1 of the non-zeros."""
-    latents_M, images_M = torch.nonzero(r_NK.T).unbind(1)
-    counts_S = torch.bincount(latents_M, minlength=r_NK.shape[1])
-    return r_NK.T[latents_M, images_M], images_M, torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
 
 
 def assert_sums(actual, truth, tolerance: float) -> None:

@@ -6,6 +6,7 @@ import torch
 from saevlm_fast.kernels import reference, streamed_cosine
 from saevlm_fast.kernels.pairwise_similarity import prepare_embeddings
 from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from sparse_codes import group_by_latent
 from static_compile import TARGETS, Case, assert_no_spills
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (71, 13, 17), (40, 5, 33)]
@@ -24,12 +25,6 @@ def make_data(n_images: int, n_latents: int, d_emb: int, seed: int = 0):
         r_NK[:, 3] = torch.rand(n_images, generator=generator)
         r_NK[9, 4] = 1e6
     return r_NK, torch.randn(n_images, d_emb, generator=generator, dtype=torch.float64)
-
-
-def group_by_latent(r_NK):
-    latents_M, images_M = torch.nonzero(r_NK.T).unbind(1)
-    counts_S = torch.bincount(latents_M, minlength=r_NK.shape[1])
-    return r_NK.T[latents_M, images_M], images_M, torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
 
 
 def assert_state(state: StreamedState, r_NK, emb_NE, similarity: str) -> None:

@@ -18,12 +18,13 @@ from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.formats.sae_header import sae_digest
 from saevlm_fast.look import report as report_module
 from saevlm_fast.look.chunks import script
 from saevlm_fast.look.settings import ReportSettings
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.store_images import StoreImages
-from saevlm_fast.sae import SparseAutoencoder, sae_digest
+from saevlm_fast.sae import SparseAutoencoder
 
 CHUNK = "s0/chunk-0000.js"
 

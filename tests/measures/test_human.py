@@ -127,9 +127,9 @@ def test_a_coin_and_the_choices_themselves(archive):
     found = human.read_benchmark(archive[0] / "benchmark")
     coin = human.agreement(found, np.zeros(K))
     assert (coin["pooled"]["value"], coin["ties"]) == (0.5, PAIRS)
-    table = human.against(found, found.of_neurons("dino"))
+    table = human.against_dino(found, found.of_neurons("dino"))
     assert table == {"only_this": 0, "only_released": 0, "p": 1.0}
-    opposite = human.against(found, -found.of_neurons("dino"))
+    opposite = human.against_dino(found, -found.of_neurons("dino"))
     assert opposite["only_this"] + opposite["only_released"] == PAIRS
     assert opposite["p"] < 1e-3
 

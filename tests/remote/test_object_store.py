@@ -1,13 +1,11 @@
 """The real drivers: emulators of S3, Google's and Azure's stores in processes of their own, through fsspec."""
 
-import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +13,7 @@ from base64 import b64encode
 
 import pytest
 import torch
+from image_sources import write_tar
 
 import saevlm_fast as sf
 from command import run
@@ -169,12 +168,8 @@ def test_images_in_a_folder_tars_and_patterns(objects, tmp_path):
     there, here = sf.open_images(f"{protocol}://bucket/photos"), sf.open_images(photos)
     assert there.fingerprint() == here.fingerprint()
     assert [there.read(i) for i in range(6)] == [here.read(i) for i in range(6)]
-    (tmp_path / "tars").mkdir()
     for number in range(3):
-        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as archive:
-            member, data = tarfile.TarInfo("x.png"), here.read(number)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+        write_tar(tmp_path / "tars" / f"{number}.tar", {"x.png": here.read(number)})
     upload(protocol, tmp_path / "tars", "bucket/tars")
     for place in ("bucket/tars", "bucket/tars/*.tar", "bucket/tars/{0..2}.tar"):
         source = sf.open_images(f"{protocol}://{place}")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from true_scores import close
 
 from command import run_json
 from saevlm_fast.config import SAEConfig
@@ -13,6 +14,7 @@ from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
+from saevlm_fast.measures.codes import dense_codes
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.controls import Match, compare_with_untrained, untrained_like
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
@@ -21,7 +23,6 @@ from saevlm_fast.scoring.source import ScoredImages
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import trusted_score
 from saevlm_fast.scoring.variants import tms_score, visaebench_score
-from saevlm_fast.sparse_codes import SparseCodes
 
 N_IMAGES, D_IN, D_SAE, D_EMB = 40, 8, 24, 6
 
@@ -30,10 +31,6 @@ def write(path, rows, images, tokens):
     with ActivationWriter(path, rows.shape[1], torch.float32, {}, rows_per_shard=17) as writer:
         writer.append(rows, {"image": list(images), "token": list(tokens)})
     return open_activations(path)
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +225,7 @@ def test_statuses_of_variants(variant, tmp_path):
     acts_NS[1, 1], acts_NS[1, 2], acts_NS[3, 2] = 1.0, 2.0, 1.0
     emb_NE = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     for columns in (slice(None), slice(2, 3)):
-        codes = to_codes(acts_NS[:, columns])
+        codes = dense_codes(acts_NS[:, columns])
         with CodesWriter(tmp_path / f"c{columns.start}", codes.d_sae, torch.float32, {}) as writer:
             writer.write_shard(0, codes, {"image": list("abcde"), "token": [0] * 5})
         rows = open_codes(tmp_path / f"c{columns.start}")
@@ -237,12 +234,6 @@ def test_statuses_of_variants(variant, tmp_path):
         assert names == ["dead", "single", "defined"][columns]
         assert torch.equal(found.ms.isnan(), found.status != 0)
         assert found.max_activation.tolist() == [0.0, 1.0, 2.0][columns]
-
-
-def to_codes(acts_NS):
-    rows_M, latents_M = torch.nonzero(acts_NS).unbind(1)
-    row_offsets = torch.nn.functional.pad((acts_NS != 0).sum(1).cumsum(0), (1, 0))
-    return SparseCodes(acts_NS[rows_M, latents_M], latents_M, row_offsets, tuple(acts_NS.shape))
 
 
 # Controls ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearson3
+from true_scores import close
 
 from saevlm_fast.kernels import reference
+from saevlm_fast.measures.codes import dense_codes
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.null import (
     FEW_IMAGES,
@@ -26,7 +28,6 @@ from saevlm_fast.scoring.ranks import found_at
 from saevlm_fast.scoring.second_pass import Certainty, SecondPass, change_error
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import TrustedScores, rank_agreement, trusted_score, trusted_scores
-from saevlm_fast.sparse_codes import SparseCodes
 
 N_IMAGES, D_EMB = 60, 12
 NAMES = ("dead", "constant", "single", "two", "three", "many", "some", "few", "dominated", "always")
@@ -50,21 +51,15 @@ def make_data(seed=0):
     return acts_NS, torch.randn(N_IMAGES, D_EMB, generator=generator, dtype=torch.float64) + 0.4
 
 
-def to_csr(acts_NS):
-    rows_M, latents_M = torch.nonzero(acts_NS).unbind(1)
-    row_offsets = torch.nn.functional.pad((acts_NS != 0).sum(1).cumsum(0), (1, 0))
-    return SparseCodes(acts_NS[rows_M, latents_M], latents_M, row_offsets, tuple(acts_NS.shape))
-
-
 def two_passes(acts_NS, emb_NE, weights_SW=None, sizes=(), dense=False, similarity="cosine", **options) -> Certainty:
     bounds = [0, *np.cumsum(sizes, dtype=int).tolist(), len(acts_NS)]
     pieces = [slice(*pair) for pair in pairwise(bounds)]
     first = StreamedScore(acts_NS.shape[1], similarity, halves=True, **options)
     for rows in pieces:
-        first.update(acts_NS[rows] if dense else to_csr(acts_NS[rows]), emb_NE[rows])
+        first.update(acts_NS[rows] if dense else dense_codes(acts_NS[rows]), emb_NE[rows])
     second = SecondPass(first, weights_SW)
     for rows in pieces:
-        second.update(acts_NS[rows] if dense else to_csr(acts_NS[rows]), emb_NE[rows])
+        second.update(acts_NS[rows] if dense else dense_codes(acts_NS[rows]), emb_NE[rows])
     return second.result()
 
 
@@ -95,10 +90,6 @@ def mean_similarity(emb_NE, similarity="cosine"):
     unit_NE = torch.nn.functional.normalize(emb_NE, dim=1) if similarity == "cosine" else emb_NE
     n = len(unit_NE)
     return float((unit_NE @ unit_NE.T).fill_diagonal_(0.0).sum()) / (n * (n - 1))
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])

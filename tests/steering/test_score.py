@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from steering_scores import ALPHA, DEAD, LAYER, N_IMAGES, dense_codes, score_command, score_words
+from small_harvests import dense_codes
+from steering_scores import ALPHA, DEAD, LAYER, N_IMAGES, score_command, score_words
 
 from command import run_json
 from damage import edit_record

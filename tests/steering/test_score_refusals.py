@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from held_locks import held
-from steering_scores import ALPHA, DEAD, S, dense_codes, score_command, steer_command
+from small_harvests import dense_codes
+from steering_scores import ALPHA, DEAD, S, score_command, steer_command
 
 from saevlm_fast import outputs
 from saevlm_fast.config import SAEConfig, ScoreConfig, ScoreRun

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from narrow_towers import randomised
 from PIL import Image
 
 from saevlm_fast.towers.forms import Form
@@ -18,13 +19,6 @@ from saevlm_fast.towers.tower import HookPoint
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SMALL = SIZES | {"image_size": 32, "patch_size": 8}
 RESIDUAL, POOLED = HookPoint("residual", 1), HookPoint("pooled")
-
-
-def randomised(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def wrapped(model, processor=None):

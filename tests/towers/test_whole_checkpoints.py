@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from many_towers import square
+from narrow_towers import randomised
 from safetensors.torch import load_file, save_file
-from tower_makers import SIZE, SMALL, WIDTH, pictures, randomised
+from tower_makers import SIZE, SMALL, WIDTH, pictures
 
 from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.families import check_called

@@ -215,7 +215,8 @@ class FakeStepper:
         self.sae = SimpleNamespace(W_dec=self.W_dec, threshold=torch.zeros(()))
         self.idle_S = SimpleNamespace(is_cuda=True, device="cuda", data_ptr=lambda: 1)
         self.bad_step, self.moments = torch.zeros(()), {}
-        self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
+        self.step_index, self.adam_schedule = torch.zeros(()), torch.zeros(2)
+        self.low = SimpleNamespace(weights=None, is_current=lambda: self.current)
         self.n_listed, self.current, self.taken, self.penalised, self.cone = 0, True, [], False, None
         self.sparsity, self.group_ends_G = torch.ones(()), torch.zeros(1)
         self.asked, self.capturable = None, True
@@ -225,9 +226,6 @@ class FakeStepper:
 
     def announce(self, n_rows):
         self.taken.append("announced")
-
-    def low_is_current(self):
-        return self.current
 
     def can_be_captured(self, x_BD):
         return self.capturable

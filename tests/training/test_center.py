@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saevlm_fast.cli.inspect_table import summary_rows
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
-from saevlm_fast.inspection import inspect, summary_rows
+from saevlm_fast.inspection import inspect
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.run import train

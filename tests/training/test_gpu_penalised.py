@@ -307,7 +307,7 @@ def test_gpu_penalised_step_equals_float64(device, architecture, l0, clip_norm):
     assert float((stepper.idle_S.bool() == fired_S).float().mean()) < 1e-3
     low = LowWeights.empty(6144, 768, device)
     low.write_(0, stepper.sae.W_enc.detach().T)
-    assert torch.equal(stepper.low.W_SD, low.W_SD)
+    assert torch.equal(stepper.low.weights.W_SD, low.W_SD)
 
 
 @pytest.mark.gpu

@@ -168,7 +168,7 @@ def test_a_step_is_so_many_launches(monkeypatch, architecture: str, most: int) -
     sae.reset_parameters(0)
     stepper = Stepper(sae, TrainConfig(steps=100, warmup_steps=0))
     x = torch.randn(17, 8, generator=torch.Generator().manual_seed(0))
-    stepper._low_W_enc()
+    stepper.low.current()
     stepper.announce(17)
     written = torch.zeros_like(stepper._announced)
     with counted_launches() as counts:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_runs import same_weights
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
@@ -30,16 +31,12 @@ def x_ND():
     return torch.from_numpy(PlantedConcepts(D_IN, 8, 30, seed=1).sample(1500)[0])
 
 
-def same(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
-
-
 def test_each_is_to_the_bit_the_one_that_is_trained_alone(x_ND, tmp_path):
     trained = train_many(x_ND, SAES, output=tmp_path / "grid", validation=x_ND[:300], **RECIPE, **RUN)
     assert list(trained) == list(SAES)
     for name, config in SAES.items():
         alone, metrics = train(x_ND, config, output=tmp_path / name, validation=x_ND[:300], **RECIPE, **RUN)
-        assert same(trained[name].sae, alone), name
+        assert same_weights(trained[name].sae, alone), name
         assert trained[name].metrics == metrics
         ours = sorted(path.relative_to(tmp_path / "grid" / name) for path in (tmp_path / "grid" / name).rglob("*"))
         assert ours == sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*"))
@@ -78,7 +75,7 @@ def test_interrupted_or_killed_they_go_on_from_where_each_is(x_ND, tmp_path):
     seen.clear()
     resumed = train_many(x_ND, SAES, output=tmp_path, resume=True, on_step=seen.append, **RECIPE, **RUN)
     assert seen[0] == 6
-    assert all(same(whole[name].sae, resumed[name].sae) for name in SAES)
+    assert all(same_weights(whole[name].sae, resumed[name].sae) for name in SAES)
     steps = [json.loads(line)["step"] for line in (tmp_path / "topk-k2" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 8, 12, 16, 16]
 
@@ -105,7 +102,7 @@ def test_recipes_may_differ_but_for_what_decides_the_batches(x_ND):
     configs = {"a": TrainConfig(steps=3, batch_size=64, lr=1e-3), "b": TrainConfig(steps=3, batch_size=64, lr=5e-3)}
     saes = {"a": SAES["topk-k2"], "b": SAES["topk-k2"]}
     trained = train_many(x_ND, saes, configs, device="cpu")
-    assert not same(trained["a"].sae, trained["b"].sae)
+    assert not same_weights(trained["a"].sae, trained["b"].sae)
     for name, value in {"steps": 4, "batch_size": 32, "seed": 3, "center": True}.items():
         configs["b"] = TrainConfig(**{"steps": 3, "batch_size": 64} | {name: value})
         with pytest.raises(ValueError, match=f"{name}: {value} of b, but .* of a; all see the same batches"):

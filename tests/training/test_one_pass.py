@@ -9,6 +9,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from small_runs import same_weights
 
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.data.rows import open_activations
@@ -63,17 +64,13 @@ def whole(run):
     return run()
 
 
-def same(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
-
-
 def check_same(found, whole, output):
     """That a run is the uninterrupted one: what it returned and what it left."""
     assert list(found) == list(whole)
     for name, trained in whole.items():
-        assert same(found[name].sae, trained.sae), name
+        assert same_weights(found[name].sae, trained.sae), name
         assert found[name].metrics == trained.metrics, name
-        assert same(SparseAutoencoder.from_pretrained(output / name), trained.sae)
+        assert same_weights(SparseAutoencoder.from_pretrained(output / name), trained.sae)
 
 
 def cut_at(stop):
@@ -90,7 +87,7 @@ def test_every_place_has_every_sae_and_each_is_the_one_trained_alone(run, whole)
     assert list(layers) == ["mlp-0-cls/a", "mlp-0-random3/a", "mlp-2-cls/a", "mlp-2-random3/a"]
     alone = run(ONE, layer=2, point="mlp")[""]
     for there in (whole["mlp-2-random3/a"], layers["mlp-2-random3/a"]):
-        assert same(alone.sae, there.sae)
+        assert same_weights(alone.sae, there.sae)
         assert alone.metrics == there.metrics
     source = whole["mlp-2-random3/a"].sae.config.metadata["source"]
     assert (source["point"], source["layer"], source["tokens"]) == ("mlp", 2, "random3")
@@ -101,12 +98,12 @@ def test_where_the_buffer_is_and_how_its_size_is_told_change_nothing(run, whole,
     known = {"saes": ONE, "layer": 0, "point": "residual", "buffer_on": where}
     for buffer in ("50 rows", "3 batches"):
         trained = run(buffer=buffer, **known)[""]
-        assert same(trained.sae, whole["residual-0-random3/a"].sae)
+        assert same_weights(trained.sae, whole["residual-0-random3/a"].sae)
         assert trained.metrics == whole["residual-0-random3/a"].metrics
     in_bytes, in_rows = run(buffer="1MiB", **known)[""], run(buffer="144", **known)[""]
-    assert same(in_bytes.sae, in_rows.sae), "all 144 rows are one window"
+    assert same_weights(in_bytes.sae, in_rows.sae), "all 144 rows are one window"
     assert in_bytes.metrics["rows"] == 144
-    assert not same(in_bytes.sae, whole["residual-0-random3/a"].sae)
+    assert not same_weights(in_bytes.sae, whole["residual-0-random3/a"].sae)
 
 
 @pytest.mark.gpu
@@ -114,7 +111,7 @@ def test_gpu_a_buffer_on_the_host_gives_the_same_bits(tower, photos):
     on_gpu = load_tower(tower.spec, resolve_device("cuda"))
     known = KNOWN | STREAM | {"device": "cuda", "layer": 0, "point": "residual"}
     one, other = (train_from_images(on_gpu, photos, ONE, **known, buffer_on=where)[""] for where in ("device", "host"))
-    assert same(one.sae, other.sae)
+    assert same_weights(one.sae, other.sae)
     assert one.metrics == other.metrics
 
 
@@ -194,7 +191,7 @@ def test_an_interrupt_leaves_checkpoints_of_all_that_have_begun(run, whole, tmp_
     event.clear()
     resumed = run(resume=True, **known)
     assert len(resumed) == 4
-    assert all(same(trained.sae, whole[name].sae) for name, trained in resumed.items())
+    assert all(same_weights(trained.sae, whole[name].sae) for name, trained in resumed.items())
 
 
 def test_every_epoch_has_its_own_order_of_all_images(photos):

@@ -108,7 +108,7 @@ def test_a_step_is_so_many_launches(monkeypatch, architecture, launches, calls):
     """Copies and fills included, what ranks tell each other counted apart; the device is not waited for."""
     monkeypatch.setattr("saevlm_fast.training.step.screens_cuda", lambda *_: True)
     stepper, peers = of_one_rank(architecture, dead_after=10_000_000)
-    stepper._low_W_enc()
+    stepper.low.current()
     stepper.announce(3)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     with counted_launches() as counts, torch.no_grad():

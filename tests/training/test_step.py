@@ -271,17 +271,17 @@ def test_geometric_median_resists_an_outlier_and_survives_a_coincident_point():
 def test_a_low_copy_is_made_anew_where_another_W_enc_comes():
     """Also where that would get the address and the version of the one before it."""
     stepper, _, _ = make("topk", d_in=10, dtype=torch.float32)
-    low = stepper._low_W_enc()
-    assert stepper.low_is_current()
+    low = stepper.low.current()
+    assert stepper.low.is_current()
     address = stepper.sae.W_enc.data_ptr()
     for n in range(1, 9):
         stepper.sae.W_enc = torch.nn.Parameter(torch.full_like(stepper.sae.W_enc, n))
         assert stepper.sae.W_enc.data_ptr() != address
-        assert not stepper.low_is_current()
-    assert torch.equal(stepper._low_W_enc().W_SD[:, :10], torch.full_like(low.W_SD[:, :10], 8))
+        assert not stepper.low.is_current()
+    assert torch.equal(stepper.low.current().W_SD[:, :10], torch.full_like(low.W_SD[:, :10], 8))
     with torch.no_grad():
         stepper.sae.W_enc.mul_(2)
-    assert not stepper.low_is_current()
+    assert not stepper.low.is_current()
 
 
 @pytest.mark.parametrize(
