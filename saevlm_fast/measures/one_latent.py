@@ -36,23 +36,31 @@ class Fits(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """The images of Q pairs: of the active ones activation and label; of the silent ones how many, with the label."""
+    """The images of Q pairs: of the active ones, pair after pair, activation and label; of the silent ones how many, with
+    the label."""
 
-    pair_E: np.ndarray
+    counts_Q: np.ndarray
     x_E: np.ndarray
     has_E: np.ndarray
     silent_Q: np.ndarray
     silent_has_Q: np.ndarray
 
+    def spread(self, values_Q: np.ndarray) -> np.ndarray:
+        """[E]: each pair's value at its images."""
+        return np.repeat(values_Q, self.counts_Q)
+
     def sums(self, values_E: np.ndarray) -> np.ndarray:
         """[Q]."""
-        return np.bincount(self.pair_E, values_E, minlength=len(self.silent_Q))
+        total_Q, some_Q = np.zeros(len(self.counts_Q)), self.counts_Q > 0
+        if some_Q.any():
+            total_Q[some_Q] = np.add.reduceat(values_E, (self.counts_Q.cumsum() - self.counts_Q)[some_Q])
+        return total_Q
 
     def loss(self, weight_Q: np.ndarray, bias_Q: np.ndarray) -> np.ndarray:
         """[Q], summed over all images."""
-        z_E = weight_Q[self.pair_E] * self.x_E + bias_Q[self.pair_E]
-        active_Q = self.sums(np.logaddexp(0, z_E) - self.has_E * z_E)
-        return active_Q + self.silent_Q * np.logaddexp(0, bias_Q) - self.silent_has_Q * bias_Q
+        z_E = self.spread(weight_Q) * self.x_E + self.spread(bias_Q)
+        active_Q = self.sums(_softplus(z_E) - self.has_E * z_E)
+        return active_Q + self.silent_Q * _softplus(bias_Q) - self.silent_has_Q * bias_Q
 
 
 def fit(codes: KeptCodes, labels: LabelSet, latents_Q: np.ndarray, labels_Q: np.ndarray) -> Fits:
@@ -66,7 +74,7 @@ def fit(codes: KeptCodes, labels: LabelSet, latents_Q: np.ndarray, labels_Q: np.
 def _fit(codes: KeptCodes, labels: LabelSet, latents_Q: np.ndarray, labels_Q: np.ndarray) -> Fits:
     table = _table(codes, labels, latents_Q, labels_Q, None)
     scale_Q = np.sqrt(table.sums(table.x_E**2) / np.maximum(codes.counts_S[latents_Q], 1))
-    table = table._replace(x_E=table.x_E / scale_Q[table.pair_E])
+    table = table._replace(x_E=table.x_E / table.spread(scale_Q))
     weight_Q, bias_Q = np.zeros(len(latents_Q)), _logit(labels, labels_Q)
     loss_Q = table.loss(weight_Q, bias_Q)
     for _ in range(_MOST_STEPS):
@@ -88,11 +96,12 @@ def _fit(codes: KeptCodes, labels: LabelSet, latents_Q: np.ndarray, labels_Q: np
 
 def _newton(table: _Table, weight_Q: np.ndarray, bias_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The step of each pair: inverse Hessian times gradient."""
-    p_E = _logistic(weight_Q[table.pair_E] * table.x_E + bias_Q[table.pair_E])
-    p_Q, s_E = _logistic(bias_Q), p_E * (1 - p_E)
-    gradient_w = table.sums((p_E - table.has_E) * table.x_E) + weight_Q
-    gradient_b = table.sums(p_E - table.has_E) + table.silent_Q * p_Q - table.silent_has_Q
-    ww, wb = table.sums(s_E * table.x_E**2) + 1, table.sums(s_E * table.x_E)
+    p_E = _logistic(table.spread(weight_Q) * table.x_E + table.spread(bias_Q))
+    p_Q, s_E, off_E = _logistic(bias_Q), p_E * (1 - p_E), p_E - table.has_E
+    gradient_w = table.sums(off_E * table.x_E) + weight_Q
+    gradient_b = table.sums(off_E) + table.silent_Q * p_Q - table.silent_has_Q
+    sx_E = s_E * table.x_E
+    ww, wb = table.sums(sx_E * table.x_E) + 1, table.sums(sx_E)
     bb = table.sums(s_E) + table.silent_Q * p_Q * (1 - p_Q) + 1e-12
     determinant = ww * bb - wb**2
     step_w = (bb * gradient_w - wb * gradient_b) / determinant
@@ -101,6 +110,11 @@ def _newton(table: _Table, weight_Q: np.ndarray, bias_Q: np.ndarray) -> tuple[np
 
 def _logistic(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+
+
+def _softplus(z: np.ndarray) -> np.ndarray:
+    """log(1 + exp z); np.logaddexp takes four times as long."""
+    return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
 
 
 def _logit(labels: LabelSet, labels_Q: np.ndarray) -> np.ndarray:
@@ -113,16 +127,22 @@ def _table(
     codes: KeptCodes, labels: LabelSet, latents_Q: np.ndarray, labels_Q: np.ndarray, scale_Q: np.ndarray | None
 ) -> _Table:
     counts_Q = codes.counts_S[latents_Q]
-    pair_E = np.repeat(np.arange(len(latents_Q)), counts_Q)
-    within_E = np.arange(len(pair_E)) - np.repeat(counts_Q.cumsum() - counts_Q, counts_Q)
-    places_E = codes.offsets_S1[latents_Q][pair_E] + within_E
-    keys = labels.images_M * len(labels.names) + labels.labels_M  # ascending
-    has_E = np.isin(codes.images_M[places_E].astype(np.int64) * len(labels.names) + labels_Q[pair_E], keys)
+    first_Q = codes.offsets_S1[latents_Q] - (counts_Q.cumsum() - counts_Q)
+    places_E = np.repeat(first_Q, counts_Q) + np.arange(counts_Q.sum())
+    has_E = _has(labels, codes.images_M[places_E], np.repeat(labels_Q, counts_Q))
     x_E = codes.acts_M[places_E].astype(np.float64)
-    x_E = x_E if scale_Q is None else x_E / scale_Q[pair_E]
-    met_Q = np.bincount(pair_E, has_E, minlength=len(latents_Q))
+    x_E = x_E if scale_Q is None else x_E / np.repeat(scale_Q, counts_Q)
     silent_Q = (codes.n_images - counts_Q).astype(np.float64)
-    return _Table(pair_E, x_E, has_E.astype(np.float64), silent_Q, labels.counts_L[labels_Q] - met_Q)
+    table = _Table(counts_Q, x_E, has_E.astype(np.float64), silent_Q, silent_Q)
+    return table._replace(silent_has_Q=labels.counts_L[labels_Q] - table.sums(table.has_E))
+
+
+def _has(labels: LabelSet, images_E: np.ndarray, labels_E: np.ndarray) -> np.ndarray:
+    """bool [E]: whether an image has a label."""
+    if np.diff(labels.offsets_N1).max(initial=0) <= 1:
+        return labels.single()[images_E] == labels_E
+    keys = labels.images_M * len(labels.names) + labels.labels_M
+    return np.isin(images_E.astype(np.int64) * len(labels.names) + labels_E, keys)
 
 
 def told_by_one_latent(
