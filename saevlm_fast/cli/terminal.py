@@ -209,6 +209,29 @@ class Bar:
         self.last_line = now
 
 
+class Bars:
+    """A bar for every name that is counted, one after another: each stands still once its total is reached."""
+
+    def __init__(self, what: str, unit: str):
+        self.what, self.unit = what, unit
+        self._open: dict[str, Bar] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for bar in self._open.values():
+            bar.close()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """Called with how many are done of a name's total."""
+        if name not in self._open:
+            self._open[name] = Bar(f"{self.what}{name}", total, self.unit).__enter__()
+        self._open[name].update(done)
+        if done == total:
+            self._open.pop(name).close()
+
+
 class TrainBar(Bar):
     """Of a training run: told of every step, and of the metrics of some."""
 
