@@ -150,9 +150,7 @@ def other_tower(sae: SparseAutoencoder, model: nn.Module, vision: bool = True) -
 
 def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
     """ValueError: codes of another SAE, or of another layer."""
-    made_by = object_of(object_of(codes.source).get("sae"))
-    same = made_by.get("sha256") in (None, sae_digest(sae_directory))
-    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {sae_directory}")
+    _check_made_by(codes, sae_directory)
     harvested_at = _elsewhere(object_of(codes.source), {"point": "residual", "layer": layer})
     require(harvested_at is None, f"codes: {codes.path} are of {harvested_at}, not of layer {layer}")
 
@@ -161,9 +159,13 @@ def check_same_sae(codes: StoredCodes, path: Path, sae: SparseAutoencoder) -> No
     """ValueError: codes of another width, or known to be of another SAE."""
     d_sae = sae.config.d_sae
     require(codes.d_sae == d_sae, f"codes: {codes.path} are of {codes.d_sae} latents, {path} has {d_sae}")
+    _check_made_by(codes, path)
+
+
+def _check_made_by(codes: StoredCodes, sae: Path) -> None:
     made_by = object_of(object_of(codes.source).get("sae"))
-    same = made_by.get("sha256") in (None, sae_digest(path))
-    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {path}")
+    same = made_by.get("sha256") in (None, sae_digest(sae))
+    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {sae}")
 
 
 def other_text_model(embeddings: Activations, text_model: str) -> str | None:

@@ -13,7 +13,7 @@ from saevlm_fast.cli.erase_options import WORDS, EraseArguments
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record
-from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
+from saevlm_fast.cli.terminal import Bars, print_wide_table, say, tell, warn
 from saevlm_fast.errors import goes_on, renamed, require
 
 if TYPE_CHECKING:
@@ -284,22 +284,15 @@ def _erase(options: EraseArguments, opened: Opened, asked: Asked, layer: int, un
     from saevlm_fast.clip_steering.erasing import Choice, erase_factor, erase_words
     from saevlm_fast.clip_steering.stream import opened_stream
 
-    bars: dict[str, Bar] = {}
-
-    def counted(what: str, done: int, total: int) -> None:
-        bar = bars.setdefault(what, Bar(f"layer {layer}, {what}", total, "images"))
-        bar.update(done)
-        if done == total:
-            bars.pop(what).close()
-
     n_test = len(opened.test[1])
     choice, questions = Choice(options.k, options.select, options.seed), dict(asked.questions)
-    with opened_stream(opened.tower, layer, options.tokens, options.batch_size) as stream:
+    bars = Bars(f"layer {layer}, ", "images")
+    with opened_stream(opened.tower, layer, options.tokens, options.batch_size) as stream, bars:
         if options.what != WORDS:
-            found = erase_factor(stream, units, asked.train, questions, choice, counted)
+            found = erase_factor(stream, units, asked.train, questions, choice, bars.update)
         else:
             told = questions.pop(options.labels)
-            found = erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
+            found = erase_words(stream, units, asked.train, told, choice, asked.writing, questions, bars.update)
         if stream.skipped:
             number, why = next(iter(stream.skipped.items()))
             warn(

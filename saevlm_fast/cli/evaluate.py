@@ -14,7 +14,7 @@ from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
-from saevlm_fast.cli.terminal import Bar, say
+from saevlm_fast.cli.terminal import Bars, say
 from saevlm_fast.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -149,16 +149,9 @@ def _evaluate(
     from saevlm_fast.measures.measure import evaluate_subjects
     from saevlm_fast.measures.parts import Parts
 
-    bars: dict[str, Bar] = {}
-
-    def counted(name: str, done: int, total: int) -> None:
-        bar = bars.setdefault(name, Bar(f"encode {name}", total, "rows"))
-        bar.update(done)
-        if done == total:
-            bars.pop(name).close()
-
-    evaluation = evaluate_subjects(
-        subjects, inputs, options.controls, options.compare, Parts(place), say, counted, on_random, peers
-    )
+    with Bars("encode ", "rows") as bars:
+        evaluation = evaluate_subjects(
+            subjects, inputs, options.controls, options.compare, Parts(place), say, bars.update, on_random, peers
+        )
     write_evaluation(options, inputs, evaluation, place)
     return evaluation

@@ -10,8 +10,8 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, 
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import ScoreConfig, ScoreRun
-from saevlm_fast.errors import require
-from saevlm_fast.settings import integer, integers, same_as, setting
+from saevlm_fast.look.chosen import sliced
+from saevlm_fast.settings import integers, same_as, setting
 
 if TYPE_CHECKING:
     from saevlm_fast.data.codes import StoredCodes
@@ -93,13 +93,7 @@ def chosen_latents(text: str | None, d_sae: int) -> tuple[int, ...]:
     """0:1000 as Python slices, or a list; () for all."""
     if text is None:
         return ()
-    if ":" not in text:
-        return integers("latents", text)
-    start, _, stop = text.partition(":")
-    require(integer("latents", stop or "0") <= d_sae, f"latents: {text!r} goes beyond the last of {d_sae}")
-    chosen = range(d_sae)[integer("latents", start or "0") : integer("latents", stop or str(d_sae))]
-    require(len(chosen) > 0, f"latents: {text!r} chooses none of {d_sae}")
-    return tuple(chosen)
+    return tuple(sliced(text, d_sae)) if ":" in text else integers("latents", text)
 
 
 def plan(options: SteeringScoreArguments) -> Plan:

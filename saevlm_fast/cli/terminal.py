@@ -214,6 +214,32 @@ def metric_text(value: float) -> str:
     return f"{value:.4f}" if not abs(value) >= 1e6 else f"{value:.3e}"
 
 
+class Bars:
+    """A bar for every name that is counted, one after another: each stands still once its total is reached, or the next
+    one begins, as a terminal has one that moves."""
+
+    def __init__(self, what: str, unit: str):
+        self.what, self.unit = what, unit
+        self._open: dict[str, Bar] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for bar in self._open.values():
+            bar.close()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """Called with how many are done of a name's total."""
+        if name not in self._open:
+            for bar in self._open.values():
+                bar.close()
+            self._open[name] = Bar(f"{self.what}{name}", total, self.unit).__enter__()
+        self._open[name].update(done)
+        if done == total:
+            self._open.pop(name).close()
+
+
 class TrainBar(Bar):
     """Of a training run: told of every step, and of the metrics of some."""
 
@@ -241,7 +267,7 @@ class TrainBar(Bar):
         if self.evaluation is None:
             super().close()
             self.evaluation = Bar("evaluation", total, "rows")
-            self.evaluation.progress.start()
+            self.evaluation.__enter__()
         self.evaluation.update(done)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from saevlm_fast.data.parquet import open_table, open_table_in
 from saevlm_fast.errors import require
-from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_image, list_lines, read_image
+from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_image, list_lines, read_image, refuse_split
 from saevlm_fast.images.tables import open_parquet
 from saevlm_fast.images.tars import open_tars
 from saevlm_fast.remote.cache import telling_urls
@@ -83,7 +83,7 @@ def unpinned_note(repository: str, revision: str, pinned: str) -> str:
 def _open(urls: list[str], shown: str, split: str) -> ImageSource:
     ending = _path(urls[0]).lower()
     if len(urls) == 1 and ending.endswith(".txt"):
-        require(split == "", f"images: {shown}: has no splits, but {split!r} was asked for")
+        refuse_split(shown, split)
         paths, labels = list_lines(read_whole(urls[0], MAX_LIST_BYTES), shown)
         return RemoteList(urls[0], paths, labels)
     if all(_path(each).lower().endswith((".tar", ".parquet")) for each in urls):
@@ -123,7 +123,7 @@ def _open_folder(url: str, shown: str, split: str) -> ImageSource:
     if used is None:
         raise ValueError(f"images: {shown}: no image, .tar or .parquet among its {len(found)} files")
     if used == "images":
-        require(split == "", f"images: {shown}: has no splits, but {split!r} was asked for")
+        refuse_split(shown, split)
         names = sorted(each.removeprefix(below) for each in kinds[used])
         return RemoteFolder(url, names, len(found) - len(names), shown)
     source = _open_archives(sorted(kinds[used]), shown, split)

@@ -37,8 +37,13 @@ def chosen_latents(text: str, ranks_S: "Tensor") -> list[int]:
         require(outside is None, f"latents: {outside} is not within 0 to {n_latents - 1}")
         require(len(set(latents)) == len(latents), f"latents: {text!r} lists one twice")
         return latents
+    return list(sliced(text, n_latents))
+
+
+def sliced(text: str, n_latents: int) -> range:
+    """Those of A:B, either of which may be missing. ValueError: it goes beyond the last, or names none."""
     start, _, stop = text.partition(":")
     require(integer("latents", stop or "0") <= n_latents, f"latents: {text!r} goes beyond the last of {n_latents}")
     found = range(n_latents)[integer("latents", start or "0") : integer("latents", stop or str(n_latents))]
     require(len(found) > 0, f"latents: {text!r} chooses none of {n_latents}")
-    return list(found)
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import Rows, StoredCodes, as_rows
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require, shown, whole_number
+from saevlm_fast.errors import require, whole_number
 from saevlm_fast.images.open import Images
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
@@ -22,7 +22,7 @@ from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
 from saevlm_fast.scoring.image_rows import ImageTable, image_chunks, image_table
-from saevlm_fast.scoring.source import Pool
+from saevlm_fast.scoring.source import Pool, check_pool
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -114,7 +114,7 @@ def show(
     rows = as_rows(rows, "rows")
     if sae is not None:
         check_sae(sae)
-    require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
+    check_pool(pool)
     latent, n, side = whole_number("latent", latent, 0), whole_number("n", n), whole_number("side", side)
     batch_rows, size = whole_number("batch_rows", batch_rows), n_latents(rows, sae)
     require(latent < size, f"latent: {latent} is not within 0 to {size - 1}")

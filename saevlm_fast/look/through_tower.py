@@ -29,6 +29,7 @@ from saevlm_fast.look.tops import LatentTops
 from saevlm_fast.sae import SparseAutoencoder, inferred
 from saevlm_fast.scoring.image_rows import ImageTable
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
+from saevlm_fast.scoring.source import row_of_image
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
@@ -62,12 +63,7 @@ def embedder(embeddings: Activations, source: ImageSource, n_images: int) -> Emb
             f"embeddings: {embeddings.n_rows:,} rows of {embeddings.path}, but {n_images:,} images; row i is image i",
         )
         return embeddings.rows
-    ids = embeddings.items()["image"].to_pylist()
-    places = {image: place for place, image in enumerate(ids)}
-    require(
-        len(places) == len(ids),
-        f"embeddings: {embeddings.path} has several rows of an image; one row an image is needed",
-    )
+    places = row_of_image(embeddings)
 
     def rows(numbers_n: Tensor) -> Tensor:
         wanted = [source.image_id(number) for number in numbers_n.tolist()]

@@ -26,6 +26,22 @@ from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.sparse_codes import SparseCodes
 
 Pool = Literal["max", "mean"]
+
+
+def check_pool(pool: object) -> None:
+    """ValueError: it is none."""
+    require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
+
+
+def row_of_image(embeddings: Activations) -> dict[str, int]:
+    """Where the row of every image is. ValueError: an image has several."""
+    ids = embeddings.items()["image"].to_pylist()
+    rows = {image: row for row, image in enumerate(ids)}
+    message = f"embeddings: {embeddings.path} has several rows of an image; one row an image is needed"
+    require(len(rows) == len(ids), message)
+    return rows
+
+
 _KEPT_BYTES = 1 << 30
 _IDS = 4096  # read at a time where images are counted
 
@@ -62,10 +78,8 @@ class ScoredImages:
         if sae is not None:
             check_sae(sae)
         batch_rows = whole_number("batch_rows", batch_rows)
-        require(
-            pool is None or (isinstance(pool, str) and pool in ("max", "mean")),
-            f"pool: {shown(pool)} is not one of max, mean",
-        )
+        if pool is not None:
+            check_pool(pool)
         self.activations, self.sae, self.batch_rows = activations, sae, batch_rows
         self.pool: Pool | None = pool
         self.encoders = {name: activations_of(matrix, "embeddings") for name, matrix in embeddings.items()}
@@ -216,12 +230,7 @@ class ScoredImages:
             )
             return encoder.rows(torch.arange(first, first + len(images)))
         if name not in self._places:
-            ids = encoder.items()["image"].to_pylist()
-            self._places[name] = dict(zip(reversed(ids), reversed(range(len(ids)))))
-            require(
-                len(self._places[name]) == len(ids),
-                f"embeddings: {encoder.path} has several rows of an image; one row an image is needed",
-            )
+            self._places[name] = row_of_image(encoder)
         places = [self._places[name].get(image) for image in images.to_pylist()]
         if None in places:
             missing = images[places.index(None)].as_py()

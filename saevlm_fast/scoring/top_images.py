@@ -13,12 +13,12 @@ from torch import Tensor
 from saevlm_fast.data.codes import Rows, as_rows
 from saevlm_fast.data.pairing import check_images_once, checked_ids
 from saevlm_fast.data.rows import whole_numbers
-from saevlm_fast.errors import require, shown, whole_number
+from saevlm_fast.errors import require, whole_number
 from saevlm_fast.runtime import own_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.image_rows import image_chunks, image_table
-from saevlm_fast.scoring.source import Pool
+from saevlm_fast.scoring.source import Pool, check_pool
 from saevlm_fast.sparse_codes import SparseCodes
 
 
@@ -69,7 +69,7 @@ def top_images(
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
     best = BestImages(len(latents_L), n)
     if pool is not None:
-        require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
+        check_pool(pool)
         table = image_table(activations)
         with closing(image_chunks(activations, sae, table, pool, batch_rows)) as images:
             for chunk in images:

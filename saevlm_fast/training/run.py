@@ -151,13 +151,12 @@ def fitting(
             train_on.d == sae_config.d_in,
             f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
         )
-    width = train_on.d if held_out is None else held_out.d
-    require(width == train_on.d, f"validation: width {width} differs from the activations' {train_on.d}")
     return train_on, held_out
 
 
 def check_held_out(train_on: Activations, held_out: Activations) -> None:
-    """ValueError: the rows held out are those trained on."""
+    """ValueError: the rows held out are of another width, or those trained on."""
+    require(held_out.d == train_on.d, f"validation: width {held_out.d} differs from the activations' {train_on.d}")
     same = train_on.is_same_as(held_out)
     if not same and (train_on.n_rows, train_on.d, train_on.dtype) == (held_out.n_rows, held_out.d, held_out.dtype):
         same = train_on.digest() == held_out.digest()  # a copy

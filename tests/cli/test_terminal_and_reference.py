@@ -47,6 +47,20 @@ def test_a_bar_that_does_not_speak(lines):
     assert lines.getvalue() == ""
 
 
+def test_bars_of_names_are_seen_on_a_terminal_one_after_another(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(terminal, "out", terminal._Console(file=shown, force_terminal=True, width=100))
+    with terminal.Bars("encode ", "rows") as bars:
+        for name in ("a", "b"):
+            for done in (1, 2):
+                bars.update(name, done, 2)
+    assert shown.getvalue().index("encode a") < shown.getvalue().index("encode b")
+    with terminal.Bars("encode ", "rows") as bars:  # one that never reaches its total
+        for name, done in (("c", 1), ("d", 1), ("c", 2), ("d", 3)):
+            bars.update(name, done, 3)
+    assert shown.getvalue().index("encode c") < shown.getvalue().index("encode d")
+
+
 def test_json_is_strict(capsys):
     terminal.print_json({"a": float("nan"), "b": (1, float("inf")), 0.05: "[bold]"})
     assert capsys.readouterr().out.split() == '{ "a": null, "b": [ 1, null ], "0.05": "[bold]" }'.split()
