@@ -90,7 +90,7 @@ def _block(codes: KeptCodes, labels: LabelSet, first: int, last: int) -> LabelSc
     label_E = labels.labels_M[labels.offsets_N1[images_M[entry_E]] + within_E]
     if not len(entry_E):
         return None
-    order = np.lexsort((entry_E, label_E, latent_M[entry_E]))
+    order = np.argsort(latent_M[entry_E] * len(labels.names) + label_E, kind="stable")  # entries ascend already
     entry_E, label_E = entry_E[order], label_E[order]
     return _reduced(codes, labels, latent_M[entry_E], label_E, above_M[entry_E], through_M[entry_E])
 

@@ -36,8 +36,8 @@ class Fits(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """The images of Q pairs: of the active ones, pair after pair, activation and label; of the silent ones how many, and
-    how many have the label."""
+    """The images of Q pairs: of the active ones, pair after pair, activation and label; of the silent ones how many,
+    and how many have the label."""
 
     counts_Q: np.ndarray
     x_E: np.ndarray
