@@ -124,8 +124,11 @@ class OtherSettings(ValueError):
 
 
 def size_text(n_bytes: int) -> str:
-    """MB, or GB."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
+    """kB, MB, or GB."""
+    for size, name in ((1e9, "GB"), (1e6, "MB")):
+        if n_bytes >= size / 10:
+            return f"{n_bytes / size:,.1f} {name}"
+    return f"{n_bytes / 1e3:,.1f} kB"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

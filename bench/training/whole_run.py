@@ -317,7 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--exact-bytes", type=not_negative, default=8 << 30, help="a larger file is shuffled in windows"
     )
-    parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
+    parser.add_argument("--evaluate-all", action="store_true", help="evaluate as train does, not on 8192 held-out rows")
     return parser
 
 

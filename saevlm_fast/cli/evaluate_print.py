@@ -163,7 +163,7 @@ def _print_verdicts(group: str, rows: list[dict[str, Any]], shown: dict[str, str
         if each["group"] == group and each["control"] == "untrained" and each.get("matched", {}).get("covered")
     ]
     if at_matched:
-        print_table(("at matched firing counts", "first SAE", "first untrained", ""), at_matched)
+        print_table(("at matched firing counts", "SAE", "untrained", ""), at_matched)
 
 
 def _d_prime(value: float) -> str:

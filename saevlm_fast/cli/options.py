@@ -158,21 +158,32 @@ def command(
     return add
 
 
+_RECORDS = ("index.json", "harvest.json", "run.json", "cfg.json", "config.json")
+_PLACES = ("sae", "images", "labels", "embeddings", "words")  # texts that are paths, if one of the name is there
+
+
 def _check_output_is_not_read(options: Any) -> None:
     """ValueError: --output is what another option names, also by another path; --force would have replaced it."""
     output = getattr(options, "output", None)
-    if not isinstance(output, Path) or not output.exists():
+    if not isinstance(output, Path):
         return
+    is_record = output.name in _RECORDS and output.is_file()
+    require(not is_record, f"output: {output} is the record of a store, a run or an SAE; give another name")
     for field, known in ordered(type(options)):
         value = getattr(options, field)
-        if field == "output" or value == default_of(type(options), field):
-            continue
         for each in value if isinstance(value, tuple) else (value,):
-            is_same = isinstance(each, str | Path) and "\0" not in str(each) and Path(each).exists()
+            named = isinstance(each, Path) or (isinstance(each, str) and (field in _PLACES or "/" in each))
             require(
-                not (is_same and output.samefile(each)),
+                field == "output" or not named or not _are_same(output, each),
                 f"output: {output} is {flag_of(field, known)} as well; what is read cannot be replaced",
             )
+
+
+def _are_same(output: Path, named: str | Path) -> bool:
+    try:
+        return output.samefile(named)
+    except (OSError, ValueError):  # one is not there, or is no path at all
+        return False
 
 
 @contextmanager

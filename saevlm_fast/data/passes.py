@@ -53,7 +53,7 @@ class Pass:
             self.done += n
             now = time.monotonic()
             seconds = now - self._begun
-            if seconds < FIRST_SECONDS or now - self._spoken < SECONDS or self.done >= self.total:
+            if seconds < FIRST_SECONDS or now - self._spoken < SECONDS or not 0 < self.done < self.total:
                 return
             self._spoken = now
             left = (self.total - self.done) * seconds / self.done

@@ -116,7 +116,12 @@ class HarvestStores:
             self._check_room()
             begin_replacement(self.output)
         self.place = workplace(self.output)
-        self._check_disk()
+        try:
+            self._check_disk()
+        except ValueError:
+            if self.place != self.output and not any(self.place.iterdir()):
+                self.place.rmdir()  # --resume would go on with it
+            raise
 
     def begin(self) -> None:
         """Rank 0: harvest.json and empty stores, or those that are there, with whole units.
@@ -161,15 +166,18 @@ class HarvestStores:
             require(free, f"output: {there} is there and not of the harvest that --force replaces")
 
     def _check_disk(self) -> None:
-        """ValueError: there is less room than rows take, where their number is known before they are made."""
+        """ValueError: there is less room than rows take, of stores whose number of rows is known before they are made:
+        not of patches where images have grids of their own, of codes, or of texts."""
         plan = self.plan
         if plan.sae is not None or plan.config.is_language:
             return
         itemsize = plan.config.torch_store_dtype.itemsize
-        row_bytes = sum(store.rows_per_image * store.width * itemsize for store in plan.stores)
+        grids = {point: layout.grid for point, layout in plan.run.layouts.items()}
+        known = [store for store in plan.stores if store.rows_per_image == 1 or grids.get(store.point) is not None]
+        image_bytes = sum(store.rows_per_image * store.width * itemsize for store in known)
         there = sum(file.stat().st_size for file in self.place.rglob("shard-*.safetensors"))  # of one that goes on
         whole = int(plan.n_images * (1 - plan.options.max_skipped))  # the others may be unusable
-        check_room(self.output, whole * row_bytes - there, "what is left to write takes")
+        check_room(self.output, whole * image_bytes - there, "what is left to write takes")
 
     def _path(self, store: PlannedStore) -> Path:
         """Where the store is now."""

@@ -1,6 +1,6 @@
 """Things that cannot have learned what an SAE learns, asked in the same way, at the same L0, made on the fly.
 
-untrained   the recipe's random initialisation of the same size, its threshold set for the L0
+untrained   the recipe's random initialisation of the same size, selecting as the SAE does, of its L0
 rotation    a random rotation of the space, both signs of each direction, the largest of each row
 raw         the tower's own dimensions around their mean, likewise
 pca         principal directions, likewise
@@ -20,7 +20,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.subjects import Centroids, Model, Subject
 from saevlm_fast.peers import Peers, shared_chunks, summed
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.controls import FIRST_SEED
+from saevlm_fast.scoring.controls import FIRST_SEED, select_, untrained_config
 
 CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")
 SEEDED = ("untrained", "rotation", "kmeans")  # the others have no chance in them
@@ -54,12 +54,9 @@ class Moments(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The SAE whose control is wanted: its size and levels, whether rows are cut by a threshold, its mean L0 on these
-    rows, and where it works."""
+    """The SAE whose control is wanted: its shape, its mean L0 on these rows, and where it works."""
 
-    d_sae: int
-    group_sizes: tuple[int, ...]
-    has_threshold: bool
+    config: SAEConfig
     l0: float
     device: torch.device
 
@@ -87,8 +84,9 @@ def make_controls(
 def _made_of(name: str, wanted: Wanted, d: int) -> tuple[Any, ...]:
     """What decides a control: groups for which it is the same share its measures."""
     if name == "untrained":
-        return tuple(wanted[:4])
-    return (wanted.d_sae,) if name == "kmeans" else (wanted.k(d),)
+        config = untrained_config(wanted.config, wanted.l0)
+        return config.d_sae, config.architecture, config.group_sizes, config.k, wanted.l0
+    return (wanted.config.d_sae,) if name == "kmeans" else (wanted.k(d),)
 
 
 def controls_of_ranks(
@@ -110,29 +108,15 @@ def controls_of_ranks(
 
 
 def untrained(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
-    """Of the SAE's size. A row's largest k fire, or what is above the threshold that gives the L0 on a sample."""
-    architecture = "topk" if not wanted.has_threshold else "matryoshka" if len(wanted.group_sizes) > 1 else "batch_topk"
-    sizes = wanted.group_sizes if len(wanted.group_sizes) > 1 else ()
-    config = SAEConfig(activations.d, wanted.d_sae, wanted.k(wanted.d_sae), architecture, sizes)  # type: ignore[arg-type]
-    sae = SparseAutoencoder(config, random=False)
+    """Of the SAE's size, selecting as it does, of its L0 on evenly spaced rows."""
+    sae = SparseAutoencoder(untrained_config(wanted.config, wanted.l0), random=False)
     sae.reset_parameters(seed)
-    with torch.no_grad():
-        sae.b_dec.copy_(moments.mean_D)
-        if wanted.has_threshold:
-            sae.threshold.fill_(threshold_for(sae, activations, wanted.l0))
-    return sae.to(wanted.device)
-
-
-def threshold_for(sae: SparseAutoencoder, activations: Activations, l0: float) -> float:
-    """The activation above which `l0` latents fire on average, on rows evenly spaced over all."""
     n = min(activations.n_rows, _SAMPLE_ROWS, max(1, _SAMPLE_NUMBERS // sae.config.d_sae))
     rows = torch.linspace(0, activations.n_rows - 1, n).long()
-    pre_M = torch.relu((activations.rows(rows) - sae.b_dec) @ sae.W_enc + sae.b_enc).flatten()
-    keep = min(max(round(l0 * n), 1), len(pre_M) - 1)
-    if keep < 1:
-        return 0.0
-    inside, outside = pre_M.topk(keep + 1).values[-2:].tolist()
-    return (inside + outside) / 2
+    with torch.no_grad():
+        sae.b_dec.copy_(moments.mean_D)
+    select_(sae, activations.rows(rows), round(wanted.l0 * n))
+    return sae.to(wanted.device)
 
 
 def rotation(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
@@ -169,7 +153,7 @@ def kmeans(wanted: Wanted, seed: int, activations: Activations, moments: Moments
     """As many clusters as latents, at most 2,048 and a tenth of the rows."""
     from sklearn.cluster import MiniBatchKMeans
 
-    n_clusters = max(1, min(wanted.d_sae, _MOST_CLUSTERS, activations.n_rows // _ROWS_A_CLUSTER))
+    n_clusters = max(1, min(wanted.config.d_sae, _MOST_CLUSTERS, activations.n_rows // _ROWS_A_CLUSTER))
     rows = torch.linspace(0, activations.n_rows - 1, min(activations.n_rows, _FIT_ROWS)).long()
     x_ND = (activations.rows(rows) - moments.mean_D.float()).numpy()
     fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=4096, max_iter=_ITERATIONS).fit(x_ND)

@@ -5,8 +5,10 @@ Each SAE is encoded once; its codes are kept sparse and given to all measures. A
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +33,6 @@ from saevlm_fast.peers import Peers
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import exact_defaults
 from saevlm_fast.sae import SparseAutoencoder, check_sae
-from saevlm_fast.scoring.controls import selects_k
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import check_once, path_of, several
 
@@ -120,15 +121,17 @@ class Evaluation:
 
 
 def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Result]) -> Figures | None:
-    """The first SAE and the first control at matched firing counts; None where there is no column."""
-    if headline.column is None or not saes or not controls:
+    """SAEs and controls at matched firing counts, each with the control of its place: means; None without a column."""
+    column, found = headline.column, []
+    for sae, control in zip(saes, cycle(controls)):
+        if column in sae.latents and column in control.latents:
+            mine, theirs = (each.latents for each in (sae, control))
+            found.append(matched_mean(theirs[column], theirs["n_active"], mine[column], mine["n_active"]))
+    if not found:
         return None
-    first, second = saes[0].latents, controls[0].latents
-    if headline.column not in first or headline.column not in second:
-        return None
-    column = headline.column
-    matched, own, covered = matched_mean(second[column], second["n_active"], first[column], first["n_active"])
-    return {"control": matched, "sae": own, "covered": covered}
+    covered = [each for each in found if each[2] > 0]
+    means = [float(np.mean([each[i] for each in covered])) if covered else math.nan for i in (0, 1)]
+    return {"control": means[0], "sae": means[1], "covered": float(np.mean([each[2] for each in found]))}
 
 
 # The work -------------------------------------------------------------------------------------------------------------
@@ -330,8 +333,7 @@ def _wanted(members: Sequence[Result]) -> Wanted:
     sae = subject.model
     assert isinstance(sae, SparseAutoencoder)
     l0 = float(np.mean([each.figures["reconstruction"]["l0"] for each in members]))
-    has_threshold = not selects_k(sae.config, l0)
-    return Wanted(subject.n_latents, subject.group_sizes, has_threshold, l0, sae.b_dec.device)
+    return Wanted(sae.config, l0, sae.b_dec.device)
 
 
 def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]:

@@ -130,8 +130,9 @@ def separation(
     """Two sets of seeds of one measure.
 
     Args:
-        matched: means of the first of each at matched firing counts, {sae, control, covered}. Where they
-            cover half of the SAE's latents they overrule: how often a latent fires moves a measure by itself.
+        matched: means at matched firing counts, {sae, control, covered}: how often a latent fires moves a measure by
+            itself. Where they cover half of the latents, an SAE that they do not find better is not called so; with
+            too few seeds they decide alone.
 
     Returns:
         difference (trained - control, of means), d_prime (towards better; NaN without seeds), verdict: separates, does
@@ -169,7 +170,8 @@ def _d_prime(first: np.ndarray, second: np.ndarray, better: int) -> float:
 def matched_mean(
     values_S: np.ndarray, counts_S: np.ndarray, like_values_S: np.ndarray, like_counts_S: np.ndarray, least: int = 10
 ) -> tuple[float, float, float]:
-    """(mean of the values reweighted to the other's firing counts, mean of the other's there, share of them covered).
+    """(mean of the values reweighted to the other's firing counts, mean of the other's there, share of its defined
+    latents that is covered).
 
     Bins of a third of a decade, from `least` images on; those with fewer than 5 latents of either are left out.
     """
@@ -189,4 +191,5 @@ def matched_mean(
     if not covered:
         return math.nan, math.nan, 0.0
     matched = float((sums[both] / n[both] * n_like[both]).sum() / covered)
-    return matched, float(like_sums[both].sum() / covered), covered / float(n_like.sum())
+    n_defined = int((np.isfinite(like_values_S) & (like_counts_S > 0)).sum())
+    return matched, float(like_sums[both].sum() / covered), covered / n_defined

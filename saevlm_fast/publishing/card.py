@@ -193,7 +193,7 @@ def _recipe(facts: Facts) -> str:
 
 
 def _measured(facts: Facts) -> str:
-    names = {None: "", True: " (held out)", False: " (those it was trained on)"}
+    names = {None: "", True: " (held out)", False: " (of what it was trained on)"}
     rows = [
         (_MEASURES.get(name, name) + (names[facts.held_out] if name == "rows" else ""), compact(value))
         for name, value in facts.evaluation.items()

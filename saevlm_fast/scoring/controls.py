@@ -44,12 +44,12 @@ def untrained_like(
 ) -> tuple[SparseAutoencoder, float]:
     """An untrained SAE of the same size that selects as `sae` does and has its L0; and that L0.
 
-    Of a TopK SAE that fills its k it is one of TopK; of any other one of BatchTopK, whose threshold gives the L0. Where
-    the SAE has k latents of every row, a threshold would let some have many and others none, which moves the score.
+    Of a TopK SAE it is one of TopK, of any other one with a threshold (`select_`). Under a threshold some rows have
+    many latents and others none, which moves the score by itself.
 
-    Random unit directions as every training here begins with (W_enc = W_dec^T, b_enc = 0); b_dec is the mean of the
-    rows, where the recipe has their geometric median.
-    The threshold and the L0 are those of up to 33 million pre-activations of rows drawn at random.
+    Random unit directions as every training here begins with (W_enc = W_dec^T); b_dec is the mean of the rows, where
+    the recipe has their geometric median.
+    The L0 is that of up to 33 million pre-activations of rows drawn at random.
 
     Raises:
         ValueError: another width.
@@ -60,28 +60,42 @@ def untrained_like(
     drawn = torch.randperm(activations.n_rows, generator=torch.Generator().manual_seed(seed))[:n].sort().values
     x_nD = activations.rows(drawn).to(sae.b_dec)
     n_entries = int((inferred(sae, x_nD).top_acts > 0).sum())
-    l0 = n_entries / n
-    has_k = selects_k(config, l0)
-    k = min(max(1, round(l0)), config.d_sae)
-    sized = SAEConfig(config.d_in, config.d_sae, k, "topk" if has_k else "batch_topk")
+    sized = untrained_config(config, n_entries / n)
     untrained = SparseAutoencoder(sized, device=sae.b_dec.device, dtype=sae.b_dec.dtype, random=False)
     untrained.reset_parameters(seed)
     with torch.no_grad():
         untrained.b_dec.copy_(x_nD.mean(0))
-        if not has_k:
-            untrained.threshold.copy_(_threshold_for(n_entries, (x_nD - untrained.b_dec) @ untrained.W_enc))
-    return untrained.eval(), l0
+        select_(untrained, x_nD, n_entries)
+    return untrained.eval(), n_entries / n
 
 
-def selects_k(config: SAEConfig, l0: float) -> bool:
-    """Whether as good as every row has the same number of latents: of TopK, where enough of them are positive."""
-    return config.architecture == "topk" and round(l0) == config.k
+def untrained_config(like: SAEConfig, l0: float) -> SAEConfig:
+    """Of its size: TopK with its k, Matryoshka with its groups, else BatchTopK."""
+    if like.architecture == "topk":
+        return SAEConfig(like.d_in, like.d_sae, like.k, "topk")
+    k = min(max(1, round(l0)), like.d_sae)
+    if like.architecture == "matryoshka":
+        return SAEConfig(like.d_in, like.d_sae, k, "matryoshka", like.group_sizes)
+    return SAEConfig(like.d_in, like.d_sae, k, "batch_topk")
 
 
-def _threshold_for(n_entries: int, pre_nS: Tensor) -> Tensor:
-    """Above which so many are."""
-    kept = pre_nS.flatten().topk(min(n_entries + 1, pre_nS.numel())).values
-    return ((kept[-1] + kept[max(len(kept) - 2, 0)]) / 2).clamp(min=0)
+@torch.no_grad()
+def select_(untrained: SparseAutoencoder, x_nD: Tensor, n_entries: int) -> None:
+    """Sets what lets so many latents fire on these rows: of TopK one bias of all latents, by which a row has at most k;
+    of any other SAE the threshold."""
+    pre_nS = (x_nD - untrained.b_dec) @ untrained.W_enc
+    if untrained.config.architecture != "topk":
+        untrained.threshold.copy_(_above(pre_nS.flatten(), n_entries).clamp(min=0))
+        return
+    kept_M = pre_nS.topk(int(untrained.config.k or 1), dim=1).values.flatten()
+    if n_entries < int((kept_M > 0).sum()):
+        untrained.b_enc.fill_(-_above(kept_M, n_entries))
+
+
+def _above(values_M: Tensor, n: int) -> Tensor:
+    """Between the n-th largest and the next."""
+    kept = values_M.topk(min(n + 1, len(values_M))).values
+    return (kept[-1] + kept[max(len(kept) - 2, 0)]) / 2
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rows that the evaluation at the end of a run reads: all that are held out, or of those trained on so many as fit.
+"""The rows that the evaluation at the end of a run reads: all that are held out, or some of what was trained on.
 
 A run of few steps on a large store would otherwise take minutes to train and hours to be measured.
 """
@@ -15,12 +15,13 @@ from saevlm_fast.data.rows import Activations
 
 LEAST = 1 << 16  # training rows that are evaluated at least, if there are so many
 _LOOKED_AT = 4096
+_LONGEST = LEAST // 8  # rows of a stretch: so many in a row would be of one shard, whose images may be of one class
 
 
 class EvaluatedRows:
     """Some rows of activations, evenly spread, numbered from 0.
 
-    Of activations that are elsewhere they are stretches as long as what is fetched together; here each stands alone.
+    Of activations that are elsewhere they are stretches, as rows are fetched together; here each stands alone.
 
     Attributes:
         activations: what they are of. n_rows: how many they are. d: their width.
@@ -29,7 +30,7 @@ class EvaluatedRows:
     def __init__(self, activations: Activations, most: int | None = None):
         """most: of its rows; all if None. A last stretch that is cut is left out where not all are taken."""
         n_rows, self.activations, self.d = activations.n_rows, activations, activations.d
-        self._stretch = activations.block_rows or 1
+        self._stretch = min(activations.block_rows or 1, _LONGEST)
         n_stretches = n_rows // self._stretch
         taken = n_stretches if most is None else min(n_stretches, -(-most // self._stretch))
         self.is_all = taken == n_stretches
@@ -38,7 +39,7 @@ class EvaluatedRows:
 
     @classmethod
     def of_run(cls, trained_on: Activations, held_out: Activations | None, config: TrainConfig) -> "EvaluatedRows":
-        """All rows held out; else as many as were trained on, counting those that came again."""
+        """All rows held out; else as many of the others as the steps take, counting those that come again."""
         if held_out is not None:
             return cls(held_out)
         return cls(trained_on, max(LEAST, config.steps * config.batch_size))

@@ -268,7 +268,7 @@ def evaluated_all(
         ValueError: rows that cannot be used; it says that the SAEs have been saved.
     """
     finished = {member.name: sae for member, sae in zip(members, saes)}
-    with telling_what_is_kept(members[0].kept):
+    with telling_what_is_kept(members[0].kept, len(members) - 1):
         measured = evaluate()
         looks = on_finished(finished)
     found = {}

@@ -33,7 +33,7 @@ class ProgressLine:
             self.close()
             self.began, self.spoken = (done, now), now
         seconds, spoke = now - self.began[1], self.spoken > self.began[1]
-        if now - self.spoken >= _SECONDS or (spoke and done == total):
+        if done > self.began[0] and (now - self.spoken >= _SECONDS or (spoke and done == total)):
             left = (total - done) * seconds / (done - self.began[0])
             self._write(f"evaluation {done:,}/{total:,} rows  {left:.0f} s left")
             self.spoken = now

@@ -104,6 +104,8 @@ def train(
             watch.pause()
             kept.save(sae)
         with telling_what_is_kept(kept), closing(line):
+            if interrupted.is_set():  # by a signal that came after the last step
+                raise Interrupted("")
             (metrics,) = evaluate_rows([sae], evaluated, on_evaluated)
         logged = {f"eval/{name}": value for name, value in metrics.items()}
         kept.finish(config.n_steps, logged)
@@ -176,14 +178,15 @@ def mono_embeddings_of(given: Matrix | None, activations: Activations, config: T
 
 
 @contextmanager
-def telling_what_is_kept(kept: "RunDirectory | NothingKept") -> Iterator[None]:
+def telling_what_is_kept(kept: "RunDirectory | NothingKept", n_others: int = 0) -> Iterator[None]:
     """Around the evaluation: of rows that cannot be used, or of Ctrl-C, the error says that the SAE has been saved, and
-    where."""
+    where. n_others: SAEs that are kept beside it."""
+    others = f" (and {n_others} beside it)" if n_others else ""
     try:
         yield
-    except KeyboardInterrupt:
-        again = "" if kept.path is None else "; evaluate it with --resume"
-        raise Interrupted(f"interrupted in the evaluation: {kept.saved()}{again}") from None
+    except (KeyboardInterrupt, Interrupted):
+        again = "" if kept.path is None else "; with resume it is evaluated"
+        raise Interrupted(f"interrupted in the evaluation: {kept.saved()}{others}{again}") from None
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {kept.saved()}") from error
 

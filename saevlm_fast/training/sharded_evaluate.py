@@ -82,7 +82,7 @@ def evaluate_shared(
     Args:
         part, shard, ranks: as of SharedRowSums.
         evaluated: rows, of which each rank reads its share, and measures it.
-        on_rows: called with those so far, and with all, of this rank's replica.
+        on_rows: called with those so far, by this rank's replica's share, and with all.
         batch_rows: rows of a replica at a time.
     """
     n_rows, peers, sums = evaluated.n_rows, ranks.latents, SharedRowSums(part, shard, ranks)
@@ -94,7 +94,7 @@ def evaluate_shared(
         own_BD = evaluated.rows(torch.arange(start + first, start + min(first + share, n)))
         own_BD = own_BD.to(part.b_dec.device, part.b_dec.dtype)
         sums.add_of_replica(shared_by_rows(peers, own_BD, share, n), own_BD)
-        on_rows(start + n - mine.start, mine.stop - mine.start)
+        on_rows(min((start + n - mine.start) * ranks.rows.world, n_rows), n_rows)
     sums.n_rows = n_rows
     return sums.metrics()
 

@@ -168,7 +168,14 @@ def train_many_shared(
 
         def evaluate() -> list[Metrics]:
             own = [(part, member.shared.shard) for member, (part, _) in zip(members, parts)]
-            return [evaluate_shared(part, shard, peers.ranks, evaluated, on_evaluated) for part, shard in own]
+            found, n = list[Metrics](), evaluated.n_rows
+
+            def on_rows(done: int, total: int) -> None:
+                on_evaluated(len(found) * n + done, len(own) * n)
+
+            for part, shard in own:
+                found.append(evaluate_shared(part, shard, peers.ranks, evaluated, on_rows))
+            return found
 
         finished = [part if whole is None else whole for part, whole in parts]
         looks = on_finished if peers.rank == 0 else nothing_more

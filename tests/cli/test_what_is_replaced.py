@@ -208,3 +208,18 @@ def test_what_is_read_is_never_replaced(data, sae, tmp_path, as_other_path):
     assert scores.read_bytes() == before
     text = run("convert", sae, sae, "--to", "sparsify", "--force", code=2)
     assert f"output: {sae} is SOURCE as well" in text
+
+
+def test_a_folder_may_be_called_as_a_setting_is(data, tmp_path, monkeypatch):
+    """topk is no path that is read, nor is a text that no file can be called."""
+    monkeypatch.chdir(tmp_path)
+    words = ("train", "--activations", data / "activations.npy", "--architecture", "topk", "--d-sae", 64, "--k", 4)
+    more = ("--steps", 5, "--batch-size", 64, "--device", "cpu")
+    for output in ("topk", "cpu"):
+        run(*words, *more, "--output", output)
+        assert "all steps are done" in run(*words, *more, "--output", output, "--resume")
+    (tmp_path / "sheet.png").write_bytes(b"")
+    listed = ",".join(map(str, range(64))) * 4
+    text = run("top-images", "--sae", "topk", "--activations", data / "activations.npy", "--latents", listed,
+               "--output", "sheet.png", code=2)  # fmt: skip
+    assert "too long" not in text

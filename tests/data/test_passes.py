@@ -38,6 +38,7 @@ def test_only_what_takes_long_is_spoken_of(clock):
             reading.add(100)
     assert said == ["reading x: 200 of 1,000 rows, 8 s left", "reading x: 700 of 1,000 rows, 3 s left"]
     clock[0] += 10
+    Pass("nothing yet", 2, "rows").add(0)
     Pass("reading y", 2, "rows").add(1)
     assert len(said) == 2
 

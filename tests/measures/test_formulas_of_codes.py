@@ -232,4 +232,6 @@ def test_matched_firing_counts():
     assert covered == 1
     assert of[1].mean() < own
     assert matched_mean(of[1], others, of[0], like)[2] == 1
+    rare = np.append(counts, np.full(400, 5))  # four fifths of the latents are on too few images to be matched
+    assert matched_mean(of[1], others, np.append(of[0], np.ones(400)), rare)[2] == pytest.approx(0.2)
     assert matched_mean(np.zeros(3), np.full(3, 20), np.zeros(50), np.full(50, 20))[2] == 0

@@ -73,7 +73,7 @@ def test_a_trained_sae_has_a_card(trained):
         "| steps | 4 |",
         "| lr | 0.0064 |",
         "| explained variance |",
-        "rows (those it was trained on)",
+        "rows (of what it was trained on)",
         "x.npy",
     ):
         assert part in text

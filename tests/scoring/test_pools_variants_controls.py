@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -259,6 +260,20 @@ def test_untrained_has_the_same_l0(trained):
     again, _ = untrained_like(sae, x_ND, seed=4)
     assert torch.equal(again.W_enc, untrained.W_enc)
     assert not torch.equal(untrained_like(sae, x_ND, seed=5)[0].W_enc, untrained.W_enc)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.5, 3.0])
+def test_untrained_of_topk_has_at_most_k_and_the_l0(trained, shift):
+    """However few of its latents are positive: nothing leaps where rows begin to have fewer than k."""
+    x_ND, _, given = trained
+    sae = deepcopy(given)
+    sae.b_enc.data -= shift
+    counts_N = (sae.encode(x_ND).dense() > 0).sum(1)
+    untrained, l0 = untrained_like(sae, x_ND, seed=4)
+    assert l0 == pytest.approx(float(counts_N.double().mean()))
+    found_N = (untrained.encode(x_ND).dense() > 0).sum(1)
+    assert int(found_N.max()) <= 3
+    assert float(found_N.double().mean()) == pytest.approx(l0, abs=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "jumprelu", "relu"])

@@ -1,6 +1,8 @@
 """The rows that the evaluation at the end of a run reads, and how far it is."""
 
+import os
 import shlex
+import signal
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def test_each_row_once_evenly_spread_and_in_order(n, most, kind):
     assert len(rows) == found.n_rows
     assert torch.equal(rows, found.rows(torch.arange(found.n_rows))[:, 0].long())
     assert (rows.diff() > 0).all()
-    stretch = found.activations.block_rows or 1
+    stretch = min(found.activations.block_rows or 1, evaluated._LONGEST)
     if found.is_all:
         assert torch.equal(rows, torch.arange(n))
     else:
@@ -47,6 +49,15 @@ def test_each_row_once_evenly_spread_and_in_order(n, most, kind):
         steps = starts.diff() // stretch
         assert len(steps) == 0 or steps.max() - steps.min() <= 1
     assert (len(rows) < n) <= (most < n)
+
+
+def test_of_a_store_elsewhere_several_shards_are_seen(monkeypatch):
+    """Images of one shard may be of one class."""
+    monkeypatch.setattr(evaluated, "_LONGEST", 4)
+    found = EvaluatedRows(numbered(700, Elsewhere), 28)
+    rows = torch.cat([x_BD[:, 0] for _, x_BD in found.chunks(16)]).long()
+    assert len(rows) == 28
+    assert len(set((rows // 7).tolist())) >= 7
 
 
 def test_as_many_as_were_trained_on(monkeypatch):
@@ -104,10 +115,11 @@ def test_a_long_evaluation_has_a_line_of_its_own(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Interrupted("interrupted")])  # the second by a command's handler
 @pytest.mark.parametrize("ks", ["2", "2,3"])
-def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, ks):
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, ks, kind):
     def stop(*_):
-        raise KeyboardInterrupt
+        raise kind
 
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 8)).astype(np.float32))
     given = ("--activations", tmp_path / "x.npy", "--steps", 2, "--batch-size", 64, "--expansion", 2, "--k", ks)
@@ -128,3 +140,22 @@ def test_an_evaluation_that_is_interrupted_in_memory():
     x_ND = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Interrupted, match=r"^interrupted in the evaluation: nothing was saved$"):
         train(x_ND, SAEConfig(8, 16, 4), steps=2, batch_size=64, on_evaluated=stop)
+
+
+def test_no_image_of_the_first_batch_can_be_used(monkeypatch, capsys):
+    now = iter(range(0, 100, 10))
+    monkeypatch.setattr("saevlm_fast.training.progress.monotonic", lambda: next(now))
+    line = ProgressLine(10)
+    for done in (0, 0, 20):
+        line.evaluated(done, 40)
+    assert capsys.readouterr().err.strip() == "evaluation 20/40 rows  20 s left"
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path):
+    def last(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    x_ND = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Interrupted, match=r"^interrupted"):
+        train(x_ND, SAEConfig(8, 16, 4), steps=2, batch_size=64, on_step=last, output=tmp_path / "out")
