@@ -43,8 +43,8 @@ def labels_of_latents(
         figures: purity, weighted_purity, top16_purity, entropy, mutual_information (each over latents that are defined
             and with undefined ones as chance), excess, selection {auroc, ap, f1, coverage, purity, R, top16_purity,
             top16_labels, one_to_one, one_latent, null}. latents: purity, purity_chance, purity_excess, purity_z,
-            weighted_purity, top16_purity, label_entropy, mutual_information, purity_label, and, held out, best_label (by
-            F1 on the half for choosing), best_auroc, best_ap, best_f1. Names end in the name of the set.
+            weighted_purity, top16_purity, label_entropy, mutual_information, purity_label, and, held out, best_label
+            (by F1 on the half for choosing), best_auroc, best_ap, best_f1. Names end in the name of the set.
     """
     known_N = labels.known_N
     codes, labels, half_N = codes.part(known_N), labels.part(known_N), half_N[known_N]
