@@ -45,7 +45,7 @@ def test_rows_fit_beside_what_training_takes(x_ND, monkeypatch, dtype, size, mis
         assert rows_go_to_device(data, SAE, config, CUDA, "device")
         return
     with pytest.raises(
-        ValueError, match=r"data_on: device, but the rows take 0\.\d MB there and training 0\.\d MB, and"
+        ValueError, match=r"data_on: device, but the rows take \d+\.\d kB there and training \d+\.\d kB, and"
     ):
         rows_go_to_device(data, SAE, config, CUDA, "device")
 
@@ -207,7 +207,7 @@ def test_a_run_whose_checkpoint_cannot_be_kept_is_refused_before_its_first_step(
         patch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
         patch.setattr(Stepper, "step", lambda *_: pytest.fail("a step was taken"))
         with pytest.raises(
-            ValueError, match=rf"^output: .* {needed / 1e6:.1f} MB, and .* are free on the disk of .*run"
+            ValueError, match=rf"^output: .* {needed / 1e3:.1f} kB, and .* are free on the disk of .*run"
         ):
             run(**known)
     assert not list(tmp_path.rglob("*.safetensors"))
