@@ -82,7 +82,7 @@ def untrained_config(like: SAEConfig, l0: float) -> SAEConfig:
 @torch.no_grad()
 def select_(untrained: SparseAutoencoder, x_nD: Tensor, n_entries: int) -> None:
     """Sets what lets so many latents fire on these rows: of TopK one bias of all latents, by which a row has at most k;
-    of any other SAE the threshold."""
+    of any other SAE the threshold. Where fewer are positive these fire."""
     pre_nS = (x_nD - untrained.b_dec) @ untrained.W_enc
     if untrained.config.architecture != "topk":
         untrained.threshold.copy_(_above(pre_nS.flatten(), n_entries).clamp(min=0))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import time
 
 import numpy as np
@@ -208,6 +209,19 @@ def test_what_is_read_is_never_replaced(data, sae, tmp_path, as_other_path):
     assert scores.read_bytes() == before
     text = run("convert", sae, sae, "--to", "sparsify", "--force", code=2)
     assert f"output: {sae} is SOURCE as well" in text
+
+
+def test_the_record_of_a_store_or_an_sae_is_no_output(data, sae, tmp_path):
+    """--force wrote scores in place of an SAE's cfg.json, in the folder that was read."""
+    copy = tmp_path / "sae"
+    shutil.copytree(sae, copy)
+    before = files_below(copy)
+    text = run("ms-score", *rows(data), "--sae", copy, "--output", copy / "cfg.json", "--force", code=2)
+    assert f"output: {copy / 'cfg.json'} is the record of a store, a run or an SAE; give another name" in text
+    assert files_below(copy) == before
+    scores = "ms-score", *rows(data), "--sae", copy, "--output", copy / "scores.json"
+    run(*scores)
+    run(*scores, "--force")  # beside the SAE they may lie
 
 
 def test_a_folder_may_be_called_as_a_setting_is(data, tmp_path, monkeypatch):
