@@ -1,9 +1,11 @@
-"""What lies at a path: a store of activations or codes, an SAE, a training run, a matrix file, or a folder of these.
+"""What lies at a path: a store of activations or codes, an SAE, a training run, a matrix file, a result of a command,
+or a folder of these.
 
 `inspect` reads headers, indices and item tables and returns a plain dict, ready for JSON; `verify_inspected` reads
 everything the dict speaks of. cli/inspect_table.py turns it into the short table that the command prints.
 """
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saevlm_fast import results
+from saevlm_fast.data.matrix import SUFFIXES
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import (
     ACTIVATIONS,
@@ -31,28 +35,38 @@ from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder
-from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, check_metrics, checkpoints, read_settings
+from saevlm_fast.training.checkpoints import (
+    METRICS_FILE,
+    RUN_FILE,
+    STORE_FILE,
+    check_metrics,
+    checkpoints,
+    diverged_at,
+    read_settings,
+)
 from saevlm_fast.training.saved_state import CHECKPOINT_FILE, check_checkpoint, holds_sae
 
 _RUN = Fields({"train": Fields({"steps": whole(1)}), "sae": Fields({"d_in": whole(1), "d_sae": whole(1)})})
 KINDS = (
     "a store (index.json), an SAE (cfg.json, or files of other libraries: docs/formats.md), a training run (run.json), "
-    "a folder holding some of these, or a matrix file (.npy, .safetensors, .pt)"
+    "a folder holding some of these, a matrix file (.npy, .safetensors, .pt), or what a command wrote, as ms-score's "
+    "tables and an evaluation"
 )
+_TENSORS = (".safetensors", ".pt", ".pth", ".bin", ".npz")  # files that may be half an SAE
 Description = dict[str, Any]
 
 
 def inspect(path: str | Path) -> Description:
     """Describes what is at `path` (or of the Hub, an SAE), without reading its numbers. Stores may be incomplete.
 
-    Returns "path", "kind" (activations, codes, sae, run, matrix or folder), "bytes" on disk, and what belongs to the
-    kind; a folder has "contents", descriptions of what lies directly in it.
+    Returns "path", "kind" (activations, codes, sae, run, matrix, result or folder), "bytes" on disk, and what belongs
+    to the kind; a folder has "contents", descriptions of what lies directly in it. What was cut short has "way_on".
 
     Raises:
         ValueError: nothing of a known kind, or damaged. OSError: not readable.
     """
     local, spec = resolve(path), path
-    path = local.path
+    path = local.path.parent if local.path.name in (STORE_FILE, RUN_FILE) and local.path.is_file() else local.path
     describe = _describer(path)
     if describe is _sae and local.assume:  # what a list says of it, and its files do not
         return _sae(path, spec)
@@ -60,8 +74,8 @@ def inspect(path: str | Path) -> Description:
         return describe(path)
     if not path.is_dir():
         return _matrix_or_sae(path)
-    children = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    contents = [child for child in children if _describer(child)]
+    children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    contents = [child for child in children if (child.is_dir() or results.has_record(child)) and _describer(child)]
     if not contents:
         nearly = registry.nearly(Source(path))
         meant = meant_in(sorted(path.iterdir()))
@@ -72,8 +86,8 @@ def inspect(path: str | Path) -> Description:
         "kind": "folder",
         "bytes": sum(item["bytes"] for item in described),
         "contents": described,
-        "others": sum(1 for child in path.iterdir() if child not in contents and not child.name.startswith(".")),
-    }
+        "others": sum(child not in contents and not results.is_record(child) for child in children),
+    } | _way_on_of_all(path, described)
 
 
 def _sound_or_damaged(child: Path) -> Description:
@@ -85,18 +99,24 @@ def _sound_or_damaged(child: Path) -> Description:
 
 
 def _describer(path: Path) -> Callable[[Path], Description] | None:
-    for name, describe in (("index.json", _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
+    for name, describe in ((STORE_FILE, _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
         if (path / name).is_file():
             return describe
+    if path.exists() and results.known(path):
+        return _result
     return _sae if _is_sae(path) else None
 
 
 def _is_sae(path: Path) -> bool:
-    """Of another library, as names of files and tensors tell; what cannot be read is not one."""
+    """Of another library, as names of files and tensors tell; what cannot be read is not one, nor a file beside one."""
     if not path.exists() or path.suffix == ".npy":
         return False
     try:
-        return registry.find(Source(path)) is not None
+        source = Source(path)
+        if registry.find(source) is None or path.is_dir() or source.file is not None:
+            return registry.find(source) is not None
+        registry.read_header(source)  # a JSON file stands for its folder, if it is one of those that make the SAE
+        return path.name in source.opened
     except (ValueError, OSError):
         return False
 
@@ -109,13 +129,15 @@ def _store(path: Path) -> Description:
     description: Description = {
         "path": str(path),
         "kind": {ACTIVATIONS: "activations", CODES: "codes"}[index.format],
-        "bytes": _size(path / name for name in ("index.json", *_shard_files(index))),
+        "bytes": _size(path / name for name in (STORE_FILE, *_shard_files(index))),
         "rows": index.n_rows,
         WIDTH_NAMES[index.format]: index.width,
         "dtype": str(index.dtype).removeprefix("torch."),
         "shards": len(index.shards),
         "complete": index.complete,
     }
+    if not index.complete:
+        description["way_on"] = "the command that writes it, and --resume"
     if index.format == CODES:
         description["entries"] = sum(len(map_shard(path, shard, index)["acts"]) for shard in index.shards)
     return description | _items(path, index) | {"source": index.source}
@@ -184,28 +206,59 @@ def _run(path: Path) -> Description:
     settings = read_settings(path)
     check_record(settings, _RUN, path / RUN_FILE, ValueError)
     saved = [int(checkpoint.name.removeprefix("step_")) for checkpoint in checkpoints(path)]
-    return {
+    complete, diverged = (path / CONFIG_FILE).is_file(), diverged_at(path)
+    description = {
         "path": str(path),
         "kind": "run",
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        "complete": (path / CONFIG_FILE).is_file(),
+        "complete": complete,
         "steps": settings["train"]["steps"],
+        "steps_taken": settings["train"]["steps"] if complete else max(saved, default=0),
+        "diverged_at": diverged,
         "checkpoints": saved,
         "logged": (path / METRICS_FILE).is_file(),
         "settings": settings,
-        "sae": _sae(path) if (path / CONFIG_FILE).is_file() else None,
+        "sae": _sae(path) if complete else None,
     }
+    if diverged is not None:
+        return description | {"way_on": "a smaller lr, and --force in place of --resume"}
+    return description if complete else description | {"way_on": _resumed(path)}
+
+
+def _resumed(path: Path) -> str:
+    settings = path / results.SETTINGS_FILE
+    if not settings.is_file():
+        return "the same call and resume=True"
+    return f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"
+
+
+def _way_on_of_all(path: Path, contents: list[Description]) -> Description:
+    """Of a folder whose runs one command began."""
+    cut = any(item["kind"] == "run" and not item["complete"] and item["diverged_at"] is None for item in contents)
+    return {"way_on": _resumed(path)} if cut and (path / results.SETTINGS_FILE).is_file() else {}
 
 
 def _matrix_or_sae(path: Path) -> Description:
-    """A matrix file; if it is none, what speaks for an SAE."""
+    """A matrix file; if it is none, what speaks for an SAE, or that it is nothing that is known."""
     try:
         return _matrix(str(path))
     except ActivationError as error:
-        nearly = registry.nearly(Source(path)) if path.is_file() and path.suffix != ".npy" else ""
-        if not nearly:
+        if not path.is_file() or path.suffix == ".npy":
             raise
-        raise ValueError(f"{path}: neither a matrix nor an SAE; {nearly}") from error
+        nearly = registry.nearly(Source(path)) if path.suffix in _TENSORS else ""
+        if nearly:
+            raise ValueError(f"{path}: neither a matrix nor an SAE; {nearly}") from error
+        if path.suffix in SUFFIXES:
+            raise
+        raise ValueError(
+            f"{path}: neither store, SAE, run, matrix nor result of a command; known are {KINDS}"
+        ) from None
+
+
+def _result(path: Path) -> Description:
+    files = path.rglob("*") if path.is_dir() else [path]
+    n_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    return {"path": str(path), "kind": "result", "bytes": n_bytes} | results.describe(path)
 
 
 def _matrix(path: str) -> Description:
@@ -243,6 +296,9 @@ def verify_inspected(description: Description, on_bytes: Callable[[int], None] =
     if kind == "run":
         return _verify_run(path, description)
     require(kind != "damaged", description.get("damage", ""))
+    if kind == "result":
+        results.check_whole(path)
+        return "every table and record can be read"
     if kind == "matrix":
         return _verify_matrix(description, on_bytes)
     done = 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,62 @@ def test_what_is_unknown(tmp_path):
     assert "nothing to inspect in it; known are a store (index.json), an SAE" in run("inspect", tmp_path, code=2)
     assert "no such file or directory" in run("inspect", tmp_path / "none", code=2)
     (tmp_path / "notes.txt").write_text("mine")
-    assert "unknown suffix '.txt'" in run("inspect", tmp_path / "notes.txt", code=2)
+    assert "notes.txt: neither store, SAE, run, matrix nor result of a command; known are" in run(
+        "inspect", tmp_path / "notes.txt", code=2
+    )
+
+
+def test_a_text_beside_others_is_told_from_them(folder):
+    (folder / "words.json").write_text('["red", "blue"]')
+    (folder / "topk" / "words.json").write_text('{"a": "red"}')
+    for path in (folder / "words.json", folder / "topk" / "words.json"):
+        text = run("inspect", path, code=2)
+        assert "words.json: neither store, SAE, run, matrix nor result of a command" in text
+        assert "matryoshka" not in text
+    assert inspect(folder / "topk" / "cfg.json")["kind"] == "sae"
+    assert inspect(folder / "acts" / "index.json")["kind"] == "activations"
+
+
+def cut_runs(folder):
+    """Two runs, one of which has a checkpoint of step 2 of 4, and no SAE; the other diverged in step 3."""
+    np.save(folder / "train.npy", np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32))
+    for name in ("cut", "diverged"):
+        steps = ("--steps", 4, "--batch-size", 50, "--checkpoint-every", 2, "--d-sae", 32, "--k", 3, "--device", "cpu")
+        run("train", "--activations", folder / "train.npy", "--output", folder / "runs" / name, *steps)
+        for file in ("cfg.json", "sae_weights.safetensors"):
+            os.unlink(folder / "runs" / name / file)
+        shutil.rmtree(folder / "runs" / name / "checkpoints" / "step_00000004")
+    log = folder / "runs" / "diverged" / "metrics.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + '\n{"step": 3, "losses/overall_loss": null}\n')
+    return folder / "runs"
+
+
+def test_cut_runs_say_how_far_they_came_and_how_they_go_on(folder):
+    runs = cut_runs(folder)
+    found = {Path(item["path"]).name: item for item in inspect(runs)["contents"]}
+    assert {name: (item["complete"], item["steps_taken"], item["diverged_at"]) for name, item in found.items()} == {
+        "cut": (False, 2, None), "diverged": (False, 2, 3)
+    }  # fmt: skip
+    again = f"saevlm-fast train --config {runs / 'cut' / 'settings.toml'} --resume"
+    assert found["cut"]["way_on"] == again
+    for path in (runs, runs / "cut"):
+        text = " ".join(run("inspect", path).split())
+        assert "INCOMPLETE, step 2 of 4; continue with saevlm-fast train --config" in text
+        assert again.replace(" ", "") in text.replace(" ", "")
+    for path in (runs, runs / "diverged"):
+        assert "DIVERGED at step 3 of 4; continue with a smaller lr, and --force" in " ".join(
+            run("inspect", path).split()
+        )
+    run(*again.split()[1:])
+    assert inspect(runs / "cut")["complete"]
+
+
+def test_runs_that_one_command_began_go_on_together(folder):
+    runs = cut_runs(folder)
+    shutil.copy(runs / "cut" / "settings.toml", runs / "settings.toml")
+    found = inspect(runs)
+    assert found["way_on"] == f"saevlm-fast train --config {runs / 'settings.toml'} --resume"
+    assert run("inspect", runs).count("--resume") == 2  # all together; and what the diverged one is not to be given
 
 
 def test_what_is_nearly_an_sae(tmp_path):

@@ -29,7 +29,7 @@ ORDER = (
     ("measures",),
     ("look",),
     ("clip_steering",),
-    ("demo", "box_making"),
+    ("demo", "box_making", "results"),
     ("inspection",),
     ("doctor",),
     ("cli",),

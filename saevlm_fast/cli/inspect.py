@@ -18,14 +18,16 @@ class InspectArguments(Options):
     """Options of `saevlm-fast inspect`."""
 
     path: Path = setting(
-        help="Store, SAE, run, matrix file, or folder of stores, SAEs and runs (a harvest's output).", positional=True
+        help="Store, SAE, run, matrix file, what a command wrote, or a folder of these (a harvest's output).",
+        positional=True,
     )
     verify: bool = setting(False, help="Read everything: every checksum, every weight or row finite.")
 
 
 @command("inspect")
 def inspect(options: InspectArguments) -> dict[str, Any]:
-    """What is at a path: source, shape, dtype, size on disk, completeness, labels. Damage is an error, exit code 2."""
+    """What is at a path: source, shape, dtype, size on disk, completeness, labels; of a result what made it, and
+    its main numbers. Damage is an error, exit code 2."""
     from saevlm_fast.cli.inspect_table import summary_rows
     from saevlm_fast.inspection import inspect as inspect_path
     from saevlm_fast.inspection import verify_inspected

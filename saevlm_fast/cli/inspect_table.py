@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from saevlm_fast.cli.inspect_results import result_rows
 from saevlm_fast.files import human_bytes
 from saevlm_fast.inspection import Description
 
@@ -11,23 +12,20 @@ def summary_rows(description: Description) -> list[tuple[str, str]]:
     """(name, value) of the short table; of a folder, what its contents share (contents_rows has the others)."""
     rows = [("kind", _KIND_NAMES[description["kind"]])]
     if description["kind"] == "folder":
-        rows += _shared_rows(description)
-        rows += [
-            (f"DAMAGED: {Path(item['path']).name}", item["damage"])
-            for item in description["contents"]
-            if item["kind"] == "damaged"
-        ]
+        rows += _shared_rows(description) + _unfinished_rows(description)
         if description["others"]:
             rows.append(("not listed", f"{description['others']} other files and folders"))
     elif description["kind"] == "run":
         rows += _run_rows(description)
     elif description["kind"] == "sae":
         rows += _sae_rows(description)
+    elif description["kind"] == "result":
+        rows += result_rows(description)
     else:
         rows += _data_rows(description)
     rows.append(("on disk", human_bytes(description["bytes"])))
     if "complete" in description:
-        rows.append(("state", "complete" if description["complete"] else "INCOMPLETE: resume it"))
+        rows.append(("state", "complete" if description["complete"] else _unfinished_text(description)))
     if "verified" in description:
         rows.append(("verified", description["verified"]))
     return rows
@@ -38,11 +36,11 @@ def contents_rows(description: Description) -> list[tuple[str, str, str, str, st
     return [
         (
             Path(item["path"]).name,
-            item["kind"],
-            "" if item["kind"] == "damaged" else shape_text(item),
+            item.get("command", item["kind"]),
+            shape_text(item) if item["kind"] not in ("damaged", "result") else "",
             item.get("dtype") or (item.get("sae") or {}).get("dtype", ""),
             human_bytes(item["bytes"]),
-            "yes" if item.get("complete", True) else "NO",
+            "yes" if item.get("complete", True) else "NO" if item.get("diverged_at") is None else "DIVERGED",
         )
         for item in description["contents"]
     ]
@@ -56,12 +54,35 @@ def _shared_rows(description: Description) -> list[tuple[str, str]]:
     return [row for row in (rows[0] if rows else []) if all(row in others for others in rows)]
 
 
+def _unfinished_rows(description: Description) -> list[tuple[str, str]]:
+    """Of a folder: what is damaged, diverged or cut short in it, and how that goes on."""
+    rows = []
+    for item in description["contents"]:
+        name, of_all = Path(item["path"]).name, "way_on" in description and item["kind"] == "run"
+        if item["kind"] == "damaged":
+            rows.append((f"DAMAGED: {name}", item["damage"]))
+        elif not item.get("complete", True):
+            rows.append((name, _unfinished_text(item, of_all and item["diverged_at"] is None)))
+    return rows + ([("continue with", description["way_on"])] if "way_on" in description else [])
+
+
+def _unfinished_text(item: Description, with_others: bool = False) -> str:
+    """How far a run or a store came, and how it goes on. with_others: which is said of all of them at once."""
+    state, of = "INCOMPLETE", ""
+    if item["kind"] == "run":
+        of = f", step {item['steps_taken']:,} of {item['steps']:,}"
+        if item["diverged_at"] is not None:
+            state, of = "DIVERGED", f" at step {item['diverged_at']:,} of {item['steps']:,}"
+    return f"{state}{of}" + ("" if with_others else f"; continue with {item['way_on']}")
+
+
 _KIND_NAMES = {
     "activations": "store of activations",
     "codes": "store of sparse codes",
     "sae": "sparse autoencoder",
     "run": "training run",
     "matrix": "matrix file",
+    "result": "result of a command",
     "folder": "folder",
 }
 

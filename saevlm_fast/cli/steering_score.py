@@ -206,7 +206,7 @@ def _steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
 
 def _told(options: SteeringScoreArguments, scores: "SteeringScores") -> dict[str, Any]:
     _print_scores(scores)
-    return {"output": str(options.output), **options.sources, **_as_json(scores)}
+    return {"output": str(options.output), **options.sources, **scores.figures()}
 
 
 def _print_scores(scores: "SteeringScores") -> None:
@@ -223,15 +223,3 @@ def _print_scores(scores: "SteeringScores") -> None:
             for name, (mean, std) in scores.summary().items()
         ),
     )
-
-
-def _as_json(scores: "SteeringScores") -> dict[str, Any]:
-    empty = scores.empty_answers()
-    return {
-        "latents": len(scores.table),
-        "latents_with_16_top_images": scores.n_well_defined,
-        "conditions": {
-            name: {"mean": mean, "std": std, "empty_answers": empty[name]}
-            for name, (mean, std) in scores.summary().items()
-        },
-    }

@@ -19,11 +19,7 @@ def read_latents_table(path: Path, d_sae: int) -> pa.Table:
     Raises:
         ValueError: it cannot be read, has no such column, or is of another SAE.
     """
-    require(path.is_file(), f"{path}: no such file")
-    try:
-        table = _read(path)
-    except (OSError, UnicodeError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a table of latents: {first_line(error)}") from None
+    table = read_table(path)
     require("latent" in table.column_names, f"{path}: it has no column latent")
     column = table["latent"]
     require(pa.types.is_integer(column.type) and column.null_count == 0, f"{path}: latent must be whole numbers")
@@ -32,6 +28,15 @@ def read_latents_table(path: Path, d_sae: int) -> pa.Table:
     require(low >= 0 and high < d_sae, f"{path}: latent {low if low < 0 else high} is not within 0 to {d_sae - 1}")
     require(len(np.unique(latents)) == len(latents), f"{path}: a latent has several rows")
     return table
+
+
+def read_table(path: Path) -> pa.Table:
+    """A .parquet, .csv or .json table, as read_latents_table says. ValueError: it cannot be read."""
+    require(path.is_file(), f"{path}: no such file")
+    try:
+        return _read(path)
+    except (OSError, UnicodeError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a table of latents: {first_line(error)}") from None
 
 
 def _read(path: Path) -> pa.Table:

@@ -60,6 +60,18 @@ class SteeringScores(NamedTuple):
         columns = {name: self._well_defined(name + EMPTY) for name in CONDITIONS}
         return {name: float(x.mean()) if len(x) else float("nan") for name, x in columns.items()}
 
+    def figures(self) -> dict[str, Any]:
+        """JSON: how many latents, and of every condition mean, std and the share of empty answers."""
+        empty = self.empty_answers()
+        return {
+            "latents": len(self.table),
+            "latents_with_16_top_images": self.n_well_defined,
+            "conditions": {
+                name: {"mean": mean, "std": std, "empty_answers": empty[name]}
+                for name, (mean, std) in self.summary().items()
+            },
+        }
+
     @property
     def n_well_defined(self) -> int:
         return len(self._well_defined("n_top"))

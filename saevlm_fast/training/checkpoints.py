@@ -1,7 +1,7 @@
 """The directory of a run: begun, resumed or replaced, with checkpoints and metrics.
 
     cfg.json, sae_weights.safetensors  the finished SAE, SAELens v6 layout
-    metrics.jsonl                      one line a logged step
+    metrics.jsonl                      one line a logged step; the last one of a run that diverged has a loss of null
     metrics.jsonl.sha256               of a finished run, as sha256sum writes and checks it
     run.json                           the settings, checked by --resume; sealed (records.py)
     watch.json, tensorboard/           of a run that other programs watch (watch.py)
@@ -48,6 +48,7 @@ from saevlm_fast.outputs import begin_replacement, is_being_swapped, output_lock
 from saevlm_fast.records import (
     RECORD,
     Fields,
+    Kind,
     check_record,
     check_same_settings,
     parse_json,
@@ -77,7 +78,10 @@ METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE, CHECKPOINTS = (
     "checkpoints",
 )
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE)  # of a run; the last says it is one
+LOSS = "losses/overall_loss"
 _LOGGED = Fields({"step": whole()})
+_DIVERGED = Fields({"step": whole(), LOSS: Kind("null", lambda value: value is None)})
+_LONGEST_LINE = 1 << 16  # bytes, of the log
 STORE_FILE = "index.json"  # of a store of activations
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
 _KEPT_CHECKPOINTS = 2
@@ -251,7 +255,7 @@ class RunDirectory:
         step = state.stepper.n_steps
         last = step == state.config.n_steps
         if self.cadence.due(step) or last or interrupted:
-            state.check_loss(self.kept)
+            state.check_loss(self.diverged)
             with self.cadence.writing(step):
                 self.checkpoint(state)
         if last or interrupted:
@@ -270,7 +274,7 @@ class RunDirectory:
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
             return
-        tensors, sae = state.checked_tensors(self.kept), state.export()
+        tensors, sae = state.checked_tensors(self.diverged), state.export()
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
         if not written_beside_steps(state.device):
             now = {name: tensor.cpu() for name, tensor in tensors.items()}, sae.cpu()
@@ -320,6 +324,11 @@ class RunDirectory:
             if last
             else "no checkpoint had been written, so that force replaces it"
         )
+
+    def diverged(self, step: int) -> str:
+        """What is left of a run whose loss or weights are no numbers after that step, which is its log's last line."""
+        self.log(step, {LOSS: math.nan})
+        return self.kept()
 
     def _metrics_so_far(self) -> dict[str, Any]:
         """What the checkpoint remembers of the log, which must then be on the disk as well."""
@@ -414,6 +423,21 @@ def check_metrics(output: Path, checkpoint: Path | None) -> None:
     if digest_file.is_file():
         same = digest_file.read_bytes() == f"{hashlib.sha256(logged).hexdigest()}  {METRICS_FILE}\n".encode()
         require(same, f"{path}: altered, its SHA-256 is not the one in {digest_file.name}; {advice}")
+
+
+def diverged_at(output: Path) -> int | None:
+    """The step after which a run's loss or weights were no numbers, by the last line of its log; None if they are."""
+    path = output / METRICS_FILE
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        lines = file.read().splitlines()
+    with suppress(ValueError, IndexError):
+        record = parse_json(lines[-1], path)
+        check_record(record, _DIVERGED, path, ValueError)
+        return int(record["step"])
+    return None
 
 
 def checkpoints(output: Path) -> list[Path]:

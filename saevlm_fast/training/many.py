@@ -147,7 +147,7 @@ class Member:
             output = self.steps.step(x_BD)
             if stepper.n_steps % self.log_every == 0 or stepper.n_steps == self.state.config.n_steps:
                 metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
-                self.state.check_loss(self.kept.kept)
+                self.state.check_loss(self.kept.diverged)
                 self.kept.log(stepper.n_steps, metrics)
                 self.watch.log(stepper.n_steps, metrics)
                 self.on_log(self.name, stepper.n_steps, metrics)

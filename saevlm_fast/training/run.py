@@ -210,13 +210,17 @@ class NothingKept:
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Interrupted: if `interrupted`. ValueError: after the last step, a weight that is not finite."""
         if state.stepper.n_steps == state.config.n_steps:
-            state.checked_tensors(self.kept)
+            state.checked_tensors(self.diverged)
         if interrupted:
             raise Interrupted(f"interrupted after step {state.stepper.n_steps}; {self.kept()}: there is no output")
 
     def kept(self) -> str:
         """What is left of the run if it ends now."""
         return "nothing was saved"
+
+    def diverged(self, step: int) -> str:
+        """What is left of a run that has diverged."""
+        return self.kept()
 
     def save(self, sae: SparseAutoencoder) -> None:
         """It is returned."""
@@ -257,7 +261,7 @@ def take_steps(
             on_step(step)
             if step % every == 0 or step == n_steps:
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
-                state.check_loss(kept.kept)
+                state.check_loss(kept.diverged)
                 kept.log(step, metrics)
                 on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())

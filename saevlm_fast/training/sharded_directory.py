@@ -75,7 +75,7 @@ class SharedRunDirectory(RunDirectory):
         last = step == state.config.n_steps
         interrupted, due = self.peers.agree(interrupted, self.leads and self.cadence.due(step))
         if due or last or interrupted:
-            state.check_loss(self.kept)
+            state.check_loss(self.diverged)
             with self.cadence.writing(step):
                 self.checkpoint(state)
         if interrupted:
@@ -87,7 +87,7 @@ class SharedRunDirectory(RunDirectory):
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if self.peers.share(final.exists()):
             return
-        tensors = state.checked_tensors(self.kept)
+        tensors = state.checked_tensors(self.diverged)
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
         if not self.leads:
             self._write_part(self.peers.share(), tensors, counts, state)

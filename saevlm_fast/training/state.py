@@ -174,11 +174,12 @@ class TrainingState:
         """A batch in the units that are trained in: Scale.normalised."""
         return self.scale.normalised(x_BD, out)
 
-    def check_loss(self, kept: Callable[[], str]) -> None:
-        """ValueError: the loss of a step so far was NaN or infinite. kept: says what is left of the run."""
+    def check_loss(self, ended: Callable[[int], str]) -> None:
+        """ValueError: the loss of a step so far was NaN or infinite. ended: given that step, says what is left of the
+        run."""
         bad = int(self.stepper.bad_step)
         if bad >= 0:
-            raise diverged(f"loss: NaN or inf at step {bad + 1}", kept())
+            raise diverged(f"loss: NaN or inf at step {bad + 1}", ended(bad + 1))
 
     def export(self) -> SparseAutoencoder:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started, or if
@@ -242,12 +243,13 @@ class TrainingState:
             tensors["mean"] = torch.zeros(self.activations.d, device=self.device) if mean_D is None else mean_D
         return tensors | {"norm_factor": torch.tensor(self.scale.norm_factor, dtype=torch.float64)}
 
-    def checked_tensors(self, kept: Callable[[], str]) -> dict[str, Tensor]:
-        """tensors(). ValueError: one of them is not finite; what is kept of the run is said."""
+    def checked_tensors(self, ended: Callable[[int], str]) -> dict[str, Tensor]:
+        """tensors(). ValueError: one of them is not finite; ended as of check_loss."""
         tensors = self.tensors()
         bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
         if bad:
-            raise diverged(f"{', '.join(bad)}: NaN or inf after step {self.stepper.n_steps}", kept())
+            step = self.stepper.n_steps
+            raise diverged(f"{', '.join(bad)}: NaN or inf after step {step}", ended(step))
         return tensors
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from small_runs import D_IN, K, run, sae_config, weights
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import open_activations
+from saevlm_fast.inspection import inspect
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints as checkpoints_module
@@ -192,6 +193,19 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(matrix
     last = str(e.value).split("checkpoint is ")[1].split(".")[0]
     state = load_file(os.path.join(last, "train_state.safetensors"))
     assert all(t.isfinite().all() for t in state.values())
+    found = inspect(tmp_path / "diverges")
+    assert found["diverged_at"] == int(str(e.value).split("at step ")[1].split(";")[0])
+    assert found["steps_taken"] == int(last[-8:])
+    assert found["steps_taken"] < found["diverged_at"]
+
+
+def test_a_run_that_diverged_and_goes_on_is_one_no_more(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=20)
+    (tmp_path / "run" / "metrics.jsonl.sha256").unlink()
+    RunDirectory(tmp_path / "run", None, True, False).diverged(21)
+    assert inspect(tmp_path / "run")["diverged_at"] == 21
+    run(matrix, tmp_path / "run", steps=20, options={"resume": True})
+    assert inspect(tmp_path / "run")["diverged_at"] is None
 
 
 def test_a_finite_loss_before_a_bad_update_does_not_make_a_good_checkpoint(matrix, tmp_path):
