@@ -230,12 +230,12 @@ def _evaluation(document: dict[str, Any]) -> Figures:
     """Of its SAEs; how they stand beside controls is in the file."""
     subjects, inputs = document["subjects"], object_of(document.get("inputs"))
     by_kind = {kind: [each["name"] for each in subjects if each["kind"] == kind] for kind in ("sae", "control")}
-    measures = {
+    headlines = {
         row["measure"]: {name: row["values"][name] for name in by_kind["sae"] if name in row["values"]}
         for row in document["table"]
     }
     given = {name: inputs[name] for name in ("rows", "images") if name in inputs}
-    return given | {"saes": by_kind["sae"], "controls": by_kind["control"], "measures": measures}
+    return given | {"saes": by_kind["sae"], "controls": by_kind["control"], "headlines": headlines}
 
 
 def _erased(document: dict[str, Any]) -> Figures:

@@ -209,7 +209,7 @@ def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
     )
     if summary["detection"]:
         rows = [
-            (name, f"{each['auroc']:.3f}", f"{each['low']:.3f} to {each['high']:.3f}")
+            (name, f"{each['auroc']:.3f}", "{:.3f} to {:.3f}".format(*each["interval"]))
             for name, each in summary["detection"].items()
         ]
         say(f"{summary['wrong']:,} of {summary['pairs']:,} captions are wrong; right pairs above wrong ones:")

@@ -78,7 +78,7 @@ def plan(options: DemoArguments) -> Plan:
     n_scenes = sum(N_SCENES.values()) + sum(N_PATCH_SCENES.values())
     figures = {
         "scenes": n_scenes,
-        "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.n_steps:,} steps together",
+        "saes": f"3 of {sae.d_in} -> {sae.d_sae}, {config.n_steps:,} steps together",
         **memory_figures(
             device, most_memory_of(sae, config, N_SCENES["train"], device), without="the program and the models"
         ),

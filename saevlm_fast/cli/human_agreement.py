@@ -144,7 +144,7 @@ def _print(document: dict[str, Any]) -> None:
     rows = []
     for name, each in document["scores"].items():
         pooled, macro = each["pooled"], each["macro"]
-        odd = each["ties"] + each["undefined"]
+        odd = each["ties"] + each["n_undefined"]
         rows.append((name, *(f"{one['value']:.1%}" for one in (pooled, macro)), _interval(pooled), str(odd)))
     print_table(("score", "pooled", "macro", "pooled, 95 %", "counted half"), rows)
     say(

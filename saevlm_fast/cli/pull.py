@@ -63,8 +63,11 @@ def pull(options: PullArguments) -> dict[str, Any]:
     say(f"wrote {pulled.output}")
     return {
         "output": str(pulled.output),
-        **origin.record(),
+        "repo": origin.repo,
+        "sae_id": origin.sae_id,
+        "sha": origin.sha,
         "revision": origin.revision,
+        "release": origin.release,
         "architecture": config.architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,

@@ -63,7 +63,7 @@ def push(options: PushArguments) -> dict[str, Any]:
     return {
         "repo": pushed.repo,
         "sae_id": pushed.sae_id,
-        "commit": pushed.sha,
+        "sha": pushed.sha,
         "url": pushed.url,
         "changed": pushed.new,
     }

@@ -32,6 +32,7 @@ def figures_of(
 
 def _summary_figures(scores: "MonosemanticityScores") -> dict[str, Any]:
     figures = asdict(scores.summary())
+    figures = {"images": figures.pop("n_images"), **figures}
     for name in ("best_latents", "worst_latents"):
         figures[name] = [
             {"latent": latent, "ms": ms, "n_active": int(scores.n_active[latent])} for latent, ms in figures[name]

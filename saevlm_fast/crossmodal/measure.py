@@ -56,8 +56,8 @@ class CrossModal:
         columns = self.columns | {"clip": clip_P}
         return CrossModal(self.omega_S, self.text, self.image, self.ids, columns, self.wrong_P)
 
-    def detection(self, seed: int = 0) -> dict[str, dict[str, float]]:
-        """How well each score tells right pairs from wrong ones: name -> auroc, low, high (bootstrap over pairs).
+    def detection(self, seed: int = 0) -> dict[str, dict[str, Any]]:
+        """How well each score tells right pairs from wrong ones: name -> auroc, interval (bootstrap over pairs).
 
         Empty without wrong captions, or right ones. Pairs that a CLIP could not read are left out of its number.
         """
@@ -70,8 +70,8 @@ class CrossModal:
                 scores, wrong = self.columns[name][there].astype(float), self.wrong_P[there]
                 if wrong.all() or not wrong.any():
                     continue
-                low, high = auroc_interval(scores, wrong, seed)
-                found[name] = {"auroc": auroc(scores, wrong), "low": low, "high": high}
+                interval = auroc_interval(scores, wrong, seed)
+                found[name] = {"auroc": auroc(scores, wrong), "interval": list(interval)}
         return found
 
     def samples_table(self) -> pa.Table:

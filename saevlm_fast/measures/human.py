@@ -316,7 +316,7 @@ def agreement(benchmark: Benchmark, score_K: np.ndarray) -> Figures:
         },
         "bins": bins,
         "ties": int(((x_P == y_P) & defined_P).sum()),
-        "undefined": int(undefined_P.sum()),
+        "n_undefined": int(undefined_P.sum()),
         "logistic": _logistic(np.abs(x_P - y_P)[defined_P], agree_P[defined_P]),
     }
 

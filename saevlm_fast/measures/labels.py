@@ -214,7 +214,7 @@ def purity_figures(
         "mutual_information": mean_both_ways(pure.information_S, enough_S, 0.0),
         "share_above_chance": float((z_S[enough_S] > 2.326).mean()) if enough_S.any() else math.nan,
         "by_images": _by_images((pure.purity_S, chance_S, excess_S), enough_S, codes.counts_S),
-        "status": {name: int((codes.status_S == i).sum()) for i, name in enumerate(STATUSES)}
+        "counts": {name: int((codes.status_S == i).sum()) for i, name in enumerate(STATUSES)}
         | {"too few": int((alive_S & ~enough_S).sum())},
     }
     names = np.array([*labels.names, _NO_LABEL])

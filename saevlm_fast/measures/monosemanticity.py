@@ -58,13 +58,13 @@ def monosemanticity(
         "ms": mean_both_ways(ms_S, defined_S, found.mean_cosine) | {"interval": list(summary.mean_interval)},
         "ms_10": mean_both_ways(ms_S, enough_S, found.mean_cosine) | {"interval": list(sure)},
         "mean_cosine": found.mean_cosine,
-        "corrected": float(found.corrected.numpy()[enough_S].mean()) if enough_S.any() else math.nan,
+        "corrected_mean": float(found.corrected.numpy()[enough_S].mean()) if enough_S.any() else math.nan,
         "above_null": summary.above_null,
         "above_99": summary.above_99,
         "guarded_best": summary.guarded_best._asdict(),
         "split_half": summary.split_half,
         "deciles": np.quantile(ms_S[enough_S], np.arange(11) / 10).tolist() if enough_S.any() else [],
-        "status": {status: int((status_S == i).sum()) for i, status in enumerate(STATUSES)},
+        "counts": {status: int((status_S == i).sum()) for i, status in enumerate(STATUSES)},
         "similarity": "cosine",
     }
     assert found.se is not None

@@ -146,7 +146,7 @@ def usage(rate_S: np.ndarray, mass_S: np.ndarray, n_rows: int) -> Figures:
     mass = mass_S.sum()
     figures: Figures = {
         "dead": int((~alive_S).sum()),
-        "dead_share": float((~alive_S).mean()),
+        "dead_fraction": float((~alive_S).mean()),
         "dead_rate_below": 3 / n_rows if n_rows else math.nan,
         "density_histogram": {"start": start / 10, "counts": np.bincount(logs - start).tolist() if len(logs) else []},
     }

@@ -21,8 +21,8 @@ MEASURES = (
     "behaviour",
     "visaebench",
 )
-VERSION = 1  # of evaluation.json
-PARTS_VERSION = 4  # of the parts: one more makes all of them anew
+VERSION = 2  # of evaluation.json
+PARTS_VERSION = 5  # of the parts: one more makes all of them anew
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def mean_both_ways(values_S: np.ndarray, defined_S: np.ndarray, null: float) -> 
     """The mean over the latents where a value is defined, and with the others counted as the null; and the shares.
 
     Returns:
-        mean, sd, median, n (defined), n_undefined, mean_with_undefined_as_null. NaN where there are none.
+        mean, std, median, n (defined), n_undefined, mean_with_null. NaN where there are none.
     """
     defined = values_S[defined_S]
     n, n_all = len(defined), len(values_S)
@@ -67,11 +67,11 @@ def mean_both_ways(values_S: np.ndarray, defined_S: np.ndarray, null: float) -> 
     whole = (float(defined.sum()) + (n_all - n) * null) / n_all if n_all else math.nan
     return {
         "mean": mean,
-        "sd": float(defined.std()) if n else math.nan,
+        "std": float(defined.std()) if n else math.nan,
         "median": float(np.median(defined)) if n else math.nan,
         "n": n,
         "n_undefined": n_all - n,
-        "mean_with_undefined_as_null": whole,
+        "mean_with_null": whole,
     }
 
 

@@ -36,7 +36,7 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets
         Headline("explained variance", ("reconstruction", "explained_variance"), 1),
         Headline("L0", ("reconstruction", "l0")),
         Headline("norm ratio", ("reconstruction", "norm_ratio")),
-        Headline("dead share", ("reconstruction", "dead_share"), -1),
+        Headline("dead fraction", ("reconstruction", "dead_fraction"), -1),
         Headline("dense share (> 10 %)", ("reconstruction", "dense_0.1", "share"), -1),
         Headline("effective latents", ("reconstruction", "effective_latents"), 1),
     ]

@@ -64,7 +64,7 @@ def _on_host(numbers: dict[str, Tensor | float]) -> Metrics:
 
 @exact_defaults()
 def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:
-    """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
+    """Explained variance, L0, L2 and dead fraction over all rows, at inference (threshold, not batch selection).
 
     Args:
         sae: in raw activation units, as `train` returns it. Its device does the work; its mode is left as it was.

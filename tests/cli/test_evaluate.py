@@ -140,7 +140,7 @@ def test_the_same_numbers_as_the_training_evaluation(whole, there):
     expected = evaluate(sae, open_activations(there / "store"))
     found = json.loads((whole[0] / "evaluation.json").read_text())["subjects"][0]["measures"]["reconstruction"]
     assert found["explained_variance"] == pytest.approx(expected["explained_variance"], abs=1e-7)
-    assert (found["l0"], found["dead_share"]) == (expected["l0"], expected["dead_fraction"])
+    assert (found["l0"], found["dead_fraction"]) == (expected["l0"], expected["dead_fraction"])
     assert [each["latents"] for each in found["prefixes"]] == [4, 16]
 
 

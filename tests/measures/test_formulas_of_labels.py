@@ -289,7 +289,7 @@ def test_no_measure_fails_on_any_status(name):
         assert (each.latents[f"mutual_information:{name}"][~fires] == 0).all(), "silence tells nothing"
         always = codes.counts_S == n
         assert (each.latents[f"mutual_information:{name}"][always] == 0).all()
-        counted = each.figures["status"]
+        counted = each.figures["counts"]
         assert sum(counted[status] for status in ("dead", "constant", "single", "too few")) <= acts.shape[1]
         assert counted["dead"] == (~fires).sum()
 
@@ -316,5 +316,5 @@ def test_every_measure_of_an_sae_of_any_status(kind):
     with torch.no_grad():
         status = np.bincount(KeptCodes.of(sae.encode(x_ND, use_threshold=True)).status_S, minlength=4)
     assert (first.latents["status"] == "dead").sum() == status[STATUSES.index("dead")]
-    assert first.figures["reconstruction"]["dead_share"] == (1.0 if kind == "all dead" else 0.0)
+    assert first.figures["reconstruction"]["dead_fraction"] == (1.0 if kind == "all dead" else 0.0)
     assert json.dumps(found.as_json(), allow_nan=False)

@@ -117,7 +117,7 @@ def test_agreement_by_hand(archive):
         bins.setdefault(int(gap / 0.1 + 1e-9), []).append(agree[-1])
     assert got["pooled"]["value"] == pytest.approx(np.mean(agree), abs=1e-12)
     assert got["macro"]["value"] == pytest.approx(np.mean([np.mean(each) for each in bins.values()]), abs=1e-12)
-    assert (got["ties"], got["undefined"]) == (ties, undefined)
+    assert (got["ties"], got["n_undefined"]) == (ties, undefined)
     assert sum(each["n"] for each in got["bins"]) == PAIRS
     low, high = got["pooled"]["interval"]
     assert low < got["pooled"]["value"] < high

@@ -231,7 +231,7 @@ def test_the_same_push_again_changes_nothing(hub, sae):
     assert run_json("push", sae, "me/saes") | {"url": ""} == {
         "repo": "me/saes",
         "sae_id": "layer_11",
-        "commit": head,
+        "sha": head,
         "url": "",
         "changed": False,
     }

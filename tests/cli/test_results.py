@@ -1,0 +1,189 @@
+"""What commands write: `inspect` says what each is, and every `--json` has one name for a quantity."""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from command import run, run_json
+from saevlm_fast.inspection import inspect, verify_inspected
+from small_world import CALLS, build_world, words
+
+# Of a command, what its output is called here, and what its figures must hold, by its own --json.
+RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "ms-score": ("scores.parquet", lambda said: {name: said[name] for name in ("images", "mean", "above_null")}),
+    "evaluate": (
+        "evaluation",
+        lambda said: {
+            "saes": ["run"],
+            "controls": ["raw"],
+            "headlines": {row["measure"]: {"run": row["values"]["run"]} for row in said["table"]},
+        },
+    ),
+    "report": ("report", lambda said: {name: said[name] for name in ("latents", "images")}),
+    "top-images": ("tops", lambda said: {"latents": len(said["latents"])}),
+    "name": ("names.csv", lambda said: {name: said[name] for name in ("latents", "named")}),
+    "steering-score": ("steering.json", lambda said: {name: said[name] for name in ("latents", "conditions")}),
+    "steerability": (
+        "steerability.parquet",
+        lambda said: {name: said["latents"][name] for name in ("units", "asked", "dead", "s")},
+    ),
+    "erase": ("erased.json", lambda said: {"what": said["what"]}),
+    "cross-modal": ("crossed", lambda said: {name: said[name] for name in ("pairs", "kept", "latents")}),
+    "human-agreement": ("agreement.json", lambda said: {name: said[name] for name in ("pairs", "neurons")}),
+}
+# Their keys are made elsewhere, or are the titles of a table's rows.
+OTHERS_MAKE_THE_KEYS = ("source", "record", "facts", "metadata", "settings", "made", "headlines")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("results") / "world")
+
+
+@pytest.fixture(scope="module")
+def printed(world):
+    """What every command gives as JSON, in a dry run and at work; "inspect" of every output among it."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        for name, call in CALLS.items():
+            output = RESULTS[name][0] if name in RESULTS else f"made-{name}"
+            changes = {"output": output} if "--output" in call else {}
+            if "--dry-run" not in call and name not in ("inspect", "doctor"):
+                found[f"{name}, planned"] = run_json(*words(name, **changes), "--dry-run")
+            found[name] = run_json(*words(name, **changes))
+        for output, _ in RESULTS.values():
+            found[f"inspect {output}"] = run_json("inspect", output)
+    return found
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_inspect_says_what_a_result_is(command, world, printed):
+    output, expected = RESULTS[command]
+    found = inspect(world / output)
+    assert (found["kind"], found["command"]) == ("result", command)
+    for name, value in expected(printed[command]).items():
+        assert found["figures"][name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert found["made"]["versions"]["saevlm-fast"]
+    text = " ".join(run("inspect", world / output, "--verify").split())
+    for word in (f"made by saevlm-fast {command} 0.", found["made"]["at"], found["what"], "can be read"):
+        assert word in text, word
+    said = [name for name in ("sae", "benchmark") if name in found["settings"]]
+    assert said
+    assert f"given: {said[0]}" in text
+    assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
+def test_scores_of_every_suffix_are_the_same_without_their_settings(suffix, world, printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run(*words("ms-score", output=str(tmp_path / f"made{suffix}")))
+    shutil.move(tmp_path / f"made{suffix}", tmp_path / f"moved{suffix}")
+    found = inspect(tmp_path / f"moved{suffix}")
+    assert found["figures"]["mean"] == pytest.approx(printed["ms-score"]["mean"])
+    assert found["figures"]["counts"] == {k: v for k, v in printed["ms-score"]["counts"].items() if v}
+    assert found["figures"]["best_latents"][0]["latent"] == printed["ms-score"]["best_latents"][0]["latent"]
+    assert found["made"] == {}
+    assert found["metadata"].get("sae") == (None if suffix == ".csv" else "run")
+    assert "no settings lie beside it" in run("inspect", tmp_path / f"moved{suffix}")
+
+
+def test_a_folder_lists_results(world, printed):
+    found = {Path(item["path"]).name: item.get("command") for item in inspect(world)["contents"]}
+    assert {output: command for command, (output, _) in RESULTS.items()}.items() <= found.items()
+    assert "settings.toml" not in str(found)
+
+
+def test_settings_of_another_command_are_not_taken_for_a_results(world, printed, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "run")
+    shutil.copy(world / "scores.parquet", tmp_path / "run" / "scores.parquet")
+    found = inspect(tmp_path / "run" / "scores.parquet")
+    assert (found["command"], found["made"], found["settings"]) == ("ms-score", {}, {})
+
+
+def test_tables_of_others_are_no_results(tmp_path):
+    pq.write_table(pa.table({"latent": [1, 2], "weight": [3, 4]}), tmp_path / "mine.parquet")
+    (tmp_path / "mine.csv").write_text("latent,weight\n1,2\n")
+    (tmp_path / "mine.json").write_text('{"latents": [1, 2]}')
+    for suffix in ("parquet", "csv", "json"):
+        assert "neither store, SAE, run, matrix nor result" in run("inspect", tmp_path / f"mine.{suffix}", code=2)
+
+
+@pytest.mark.parametrize("output", ["crossed/cross_modal.json", "scores.parquet"])
+def test_a_damaged_result_is_one_line(output, world, printed, tmp_path):
+    copy = tmp_path / "world"
+    copy.mkdir()
+    for name in ("crossed", "scores.parquet", "scores.parquet.settings.toml"):
+        (shutil.copytree if (world / name).is_dir() else shutil.copy)(world / name, copy / name)
+    data = (copy / output).read_bytes()
+    (copy / output).write_bytes(data.replace(b'"kept": ', b'"kept":  ') if output.endswith("json") else data[:-9])
+    text = run("inspect", copy / output.partition("/")[0], code=2)
+    assert text.count("\n") == 1
+    assert Path(output).name in text
+    assert [item["kind"] for item in inspect(copy)["contents"]].count("damaged") == 1
+
+
+def test_a_part_of_a_result_that_is_damaged_is_found_by_verify(world, printed, tmp_path):
+    shutil.copytree(world / "evaluation", tmp_path / "evaluation")
+    table = tmp_path / "evaluation" / "latents" / "run.parquet"
+    table.write_bytes(table.read_bytes()[:-9])
+    found = inspect(tmp_path / "evaluation")
+    with pytest.raises(ValueError, match=r"latents/run\.parquet"):
+        verify_inspected(found)
+
+
+def test_an_evaluation_of_before_is_read(world, printed, tmp_path):
+    document = json.loads((world / "evaluation" / "evaluation.json").read_text())
+    for each in document["subjects"]:
+        figures = each["measures"]["reconstruction"]
+        figures["dead_share"] = figures.pop("dead_fraction")
+    (tmp_path / "evaluation.json").write_text(json.dumps(document | {"version": 1}))
+    found = inspect(tmp_path)["figures"]
+    assert found == inspect(world / "evaluation")["figures"]
+    assert found["saes"] == ["run"]
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All names in what a command gives, but for those that come from elsewhere."""
+    for each in value if isinstance(value, list) else ():
+        yield from _keys(each)
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if key not in OTHERS_MAKE_THE_KEYS:
+            yield key
+            yield from _keys(each)
+
+
+def _quantity(key: str) -> str:
+    """What a name is of, whatever way it is spelt: n_images and images, dead_share and dead_fraction, sd and std."""
+    words = re.sub(r"(^|_)(sd|stdev|stddev)(?=_|$)", r"\1std", key.lower().removeprefix("n_").removeprefix("num_"))
+    return re.sub(r"_(fraction|frac|rate|ratio|percentage)$", "_share", words)
+
+
+def test_every_quantity_has_one_name(printed):
+    names = defaultdict(set)
+    for output in printed.values():
+        for key in _keys(output):
+            names[_quantity(key)].add(key)
+    assert {"dead_share", "images", "std"} <= names.keys(), "they were walked"
+    assert {what: sorted(several) for what, several in names.items() if len(several) > 1} == {}
+
+
+def test_two_names_would_be_found():
+    for one, other in (("dead_fraction", "dead_share"), ("n_images", "images"), ("ms_sd", "ms_std"), ("SAEs", "saes")):
+        assert _quantity(one) == _quantity(other)
+    assert _quantity("rows") != _quantity("images")
+
+
+def test_what_had_two_names_has_that_of_the_field(printed):
+    """Not to be told by their letters."""
+    found = {key for output in printed.values() for key in _keys(output)}
+    assert {"corrected_mean", "mean_with_null", "counts", "interval"} <= found
+    assert not {"corrected", "mean_with_undefined_as_null"} & found
