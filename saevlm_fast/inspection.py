@@ -33,6 +33,7 @@ from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.sae_header import read_sae_header
 from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
+from saevlm_fast.outputs import workplace
 from saevlm_fast.records import Fields, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder
 from saevlm_fast.training.checkpoints import (
@@ -202,7 +203,8 @@ def _sae(path: Path, spec: str | Path | None = None) -> Description:
 
 
 def _run(path: Path) -> Description:
-    """A run whose SAE is there is complete; one that was stopped has checkpoints, or nothing yet."""
+    """A run whose SAE is there is complete; one that was stopped has checkpoints, or nothing yet; so has the one
+    that is to replace it."""
     settings = read_settings(path)
     check_record(settings, _RUN, path / RUN_FILE, ValueError)
     saved = [int(checkpoint.name.removeprefix("step_")) for checkpoint in checkpoints(path)]
@@ -220,8 +222,11 @@ def _run(path: Path) -> Description:
         "settings": settings,
         "sae": _sae(path) if complete else None,
     }
+    replacement = workplace(path)
+    if replacement != path and (replacement / RUN_FILE).is_file() and not (replacement / CONFIG_FILE).is_file():
+        description["replacement"] = _run(replacement)
     if diverged is not None:
-        return description | {"way_on": "a smaller lr, and --force in place of --resume"}
+        return description | {"way_on": "begin anew with a smaller lr, and --force"}
     return description if complete else description | {"way_on": _resumed(path)}
 
 
@@ -233,8 +238,9 @@ def _resumed(path: Path) -> str:
 
 
 def _way_on_of_all(path: Path, contents: list[Description]) -> Description:
-    """Of a folder whose runs one command began."""
-    cut = any(item["kind"] == "run" and not item["complete"] and item["diverged_at"] is None for item in contents)
+    """Of a folder whose runs one command began, unless one has diverged, which it would again."""
+    runs = [item for item in contents if item["kind"] == "run"]
+    cut = not all(item["complete"] for item in runs) and all(item["diverged_at"] is None for item in runs)
     return {"way_on": _resumed(path)} if cut and (path / results.SETTINGS_FILE).is_file() else {}
 
 

@@ -262,19 +262,37 @@ def test_cut_runs_say_how_far_they_came_and_how_they_go_on(folder):
         assert "INCOMPLETE, step 2 of 4; continue with saevlm-fast train --config" in text
         assert again.replace(" ", "") in text.replace(" ", "")
     for path in (runs, runs / "diverged"):
-        assert "DIVERGED at step 3 of 4; continue with a smaller lr, and --force" in " ".join(
+        assert "DIVERGED at step 3 of 4; begin anew with a smaller lr, and --force" in " ".join(
             run("inspect", path).split()
         )
     run(*again.split()[1:])
     assert inspect(runs / "cut")["complete"]
 
 
+def test_a_run_that_is_to_be_replaced_names_the_unfinished_one(folder):
+    runs = cut_runs(folder)
+    steps = ("--steps", 4, "--batch-size", 50, "--d-sae", 32, "--k", 3, "--device", "cpu")
+    run("train", "--activations", folder / "train.npy", "--output", folder / "whole", *steps)
+    shutil.copytree(runs / "cut", folder / "whole" / ".replacement")
+    found = inspect(folder / "whole")
+    assert (found["complete"], found["replacement"]["complete"], found["replacement"]["steps_taken"]) == (
+        True,
+        False,
+        2,
+    )
+    text = " ".join(run("inspect", folder / "whole").split())
+    assert "state complete its replacement INCOMPLETE, step 2 of 4; continue with saevlm-fast train" in text
+
+
 def test_runs_that_one_command_began_go_on_together(folder):
     runs = cut_runs(folder)
     shutil.copy(runs / "cut" / "settings.toml", runs / "settings.toml")
-    found = inspect(runs)
-    assert found["way_on"] == f"saevlm-fast train --config {runs / 'settings.toml'} --resume"
-    assert run("inspect", runs).count("--resume") == 2  # all together; and what the diverged one is not to be given
+    assert "way_on" not in inspect(runs), "one has diverged, and would again"
+    assert run("inspect", runs).count("--resume") == 1
+    shutil.rmtree(runs / "diverged")
+    shutil.copytree(runs / "cut", runs / "other")
+    assert inspect(runs)["way_on"] == f"saevlm-fast train --config {runs / 'settings.toml'} --resume"
+    assert run("inspect", runs).count("--resume") == 1, "of both together"
 
 
 def test_what_is_nearly_an_sae(tmp_path):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from saevlm_fast.inspection import Description
+from saevlm_fast.records import object_of
 
 _MADE_OF = ("sae", "model", "text_model", "activations", "codes", "rows", "embeddings", "labels", "images", "benchmark")
 _MOST = 8  # lines of numbers of one name
@@ -13,7 +14,7 @@ def result_rows(description: Description) -> list[tuple[str, str]]:
     made, settings = description["made"], description["settings"] or description["metadata"]
     rows = [("holds", description["what"]), ("made by", _made_text(description["command"], made))]
     if "command_line" in made:
-        rows.append(("as", made["command_line"]))
+        rows.append(("as", str(made["command_line"])))
     rows += [(f"given: {name}", _text(settings[name])) for name in _MADE_OF if settings.get(name)]
     for name, value in description["figures"].items():
         rows += _figure_rows(name, value)
@@ -24,7 +25,7 @@ def _made_text(command: str, made: dict[str, Any]) -> str:
     """The command, when and by which version."""
     if not made:
         return f"saevlm-fast {command}; no settings lie beside it"
-    version = made.get("versions", {}).get("saevlm-fast", "")
+    version = object_of(made.get("versions")).get("saevlm-fast", "")
     return f"saevlm-fast {command} {version}, {made.get('at', '')}, on {made.get('host', '')}"
 
 

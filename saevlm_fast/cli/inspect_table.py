@@ -26,6 +26,8 @@ def summary_rows(description: Description) -> list[tuple[str, str]]:
     rows.append(("on disk", human_bytes(description["bytes"])))
     if "complete" in description:
         rows.append(("state", "complete" if description["complete"] else _unfinished_text(description)))
+    if "replacement" in description:
+        rows.append(("its replacement", _unfinished_text(description["replacement"])))
     if "verified" in description:
         rows.append(("verified", description["verified"]))
     return rows
@@ -58,22 +60,20 @@ def _unfinished_rows(description: Description) -> list[tuple[str, str]]:
     """Of a folder: what is damaged, diverged or cut short in it, and how that goes on."""
     rows = []
     for item in description["contents"]:
-        name, of_all = Path(item["path"]).name, "way_on" in description and item["kind"] == "run"
+        name, together = Path(item["path"]).name, "way_on" in description and item["kind"] == "run"
         if item["kind"] == "damaged":
             rows.append((f"DAMAGED: {name}", item["damage"]))
         elif not item.get("complete", True):
-            rows.append((name, _unfinished_text(item, of_all and item["diverged_at"] is None)))
+            rows.append((name, _unfinished_text(item, together)))
     return rows + ([("continue with", description["way_on"])] if "way_on" in description else [])
 
 
 def _unfinished_text(item: Description, with_others: bool = False) -> str:
     """How far a run or a store came, and how it goes on. with_others: which is said of all of them at once."""
-    state, of = "INCOMPLETE", ""
-    if item["kind"] == "run":
-        of = f", step {item['steps_taken']:,} of {item['steps']:,}"
-        if item["diverged_at"] is not None:
-            state, of = "DIVERGED", f" at step {item['diverged_at']:,} of {item['steps']:,}"
-    return f"{state}{of}" + ("" if with_others else f"; continue with {item['way_on']}")
+    if item["kind"] == "run" and item["diverged_at"] is not None:
+        return f"DIVERGED at step {item['diverged_at']:,} of {item['steps']:,}; {item['way_on']}"
+    came = f", step {item['steps_taken']:,} of {item['steps']:,}" if item["kind"] == "run" else ""
+    return f"INCOMPLETE{came}" + ("" if with_others else f"; continue with {item['way_on']}")
 
 
 _KIND_NAMES = {

@@ -102,6 +102,15 @@ def test_a_folder_lists_results(world, printed):
     assert "settings.toml" not in str(found)
 
 
+def test_a_picture_is_known_by_its_settings(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run(*words("top-images", output=str(tmp_path / "tops.png")))
+    found = inspect(tmp_path / "tops.png")
+    assert (found["command"], found["figures"]) == ("top-images", {"images": 12, "latents": 4})
+    (tmp_path / "tops.png.settings.toml").unlink()
+    assert "neither store, SAE, run, matrix nor result" in run("inspect", tmp_path / "tops.png", code=2)
+
+
 def test_settings_of_another_command_are_not_taken_for_a_results(world, printed, tmp_path):
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.copy(world / "scores.parquet", tmp_path / "run" / "scores.parquet")
