@@ -34,7 +34,16 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, check_dense, check_kind, first_line, require, shown, whole_number
+from saevlm_fast.errors import (
+    ActivationError,
+    check_dense,
+    check_kind,
+    first_line,
+    require,
+    shown,
+    while_writing,
+    whole_number,
+)
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
@@ -131,7 +140,8 @@ class StoreWriter(ABC):
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
         table = _item_table(items, n_rows)
-        with self._alone():
+        kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
+        with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
                 pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
             save_safetensors_atomic(file, tensors)
