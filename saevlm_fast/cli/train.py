@@ -21,7 +21,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, metric_text, print_table, say, tell, warn
-from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
+from saevlm_fast.cli.train_many import evaluated_on, plan_many, runs_of, train_grid
 from saevlm_fast.cli.train_options import Run, TrainArguments
 from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
@@ -202,8 +202,7 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
     record.write()
     _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
-    of_all = "all " if held_out or rows == data.n_rows else ""
-    say(f"evaluation on {of_all}{rows:,} {kind} rows" + ("" if of_all else f", evenly spread over {data.n_rows:,}"))
+    say(evaluated_on(rows, kind, (held_out or data).n_rows))
     print_table(("measure", "value"), ((name, metric_text(value)) for name, value in metrics.items()))
     say(f"wrote {output}")
     return {
