@@ -35,14 +35,20 @@ Planned = TypeVar("Planned")
 
 
 def open_data(options: TrainArguments) -> "tuple[Activations, Activations | None]":
-    """The activations and those held out; the box's scenes are harvested, unless they are in the cache."""
+    """The activations and those held out; the box's scenes are harvested, unless they are in the cache.
+
+    ValueError: of the activations there is nothing to learn.
+    """
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.training.scale import check_rows_differ
 
     activations, validation = options.activations, options.validation
     if activations is None:
         activations = scenes("train", device=options.device).activations
         validation = validation or scenes("test", device=options.device).activations
-    return open_activations(activations), None if validation is None else open_activations(validation)
+    data = open_activations(activations)
+    check_rows_differ(data)
+    return data, None if validation is None else open_activations(validation)
 
 
 def _planned(options: TrainArguments, make: Callable[[TrainArguments, int, int, Path], Planned]) -> Planned:
