@@ -5,11 +5,15 @@ Every message names the argument (or the file), its value and the limit, in one 
 
 import errno
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "torch")  # both make decorators of ours
 
 
 class ActivationError(ValueError):
@@ -22,6 +26,14 @@ class ImageError(ValueError):
 
 class Doubt(UserWarning):
     """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
+
+
+def doubt(text: str, kind: type[Warning] = Doubt) -> None:
+    """Warns of it, at the line outside this package that led here: the user's, which can do something about it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, kind, stacklevel=level)
 
 
 class Interrupted(BaseException):

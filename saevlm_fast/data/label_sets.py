@@ -7,7 +7,6 @@ Shape suffixes: N images, L labels, M (image, label) entries.
 import csv
 import os
 import re
-import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import Doubt, first_line, renamed, require, shown
+from saevlm_fast.errors import doubt, first_line, renamed, require, shown
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
@@ -183,13 +182,13 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     n_known = sum(each is not None for each in found[0])
     if n_strangers and n_known < len(ids):
         told = f"{n_known:,} of {len(ids):,} images are in it, and {n_strangers:,} of its lines are of none"
-        warnings.warn(f"labels: {path}: {told}, such as {stranger!r}", Doubt, stacklevel=2)
+        doubt(f"labels: {path}: {told}, such as {stranger!r}")
     sets = {name: column for name, column in zip(header[1:], found) if any(column)}
     require(len(sets) > 0, f"labels: {path}: no image has a label in {', '.join(header[1:])}")
     if empty := [name for name in header[1:] if name not in sets]:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         told = f"left out, as no image has a label in it: {', '.join(empty[:3])}{more}"
-        warnings.warn(f"labels: {path}: {told}", Doubt, stacklevel=2)
+        doubt(f"labels: {path}: {told}")
     with renamed(f"labels: {path}", "labels"):
         return [LabelSet.of(column, name) for name, column in sets.items()]
 

@@ -100,9 +100,11 @@ def test_a_column_without_a_label_is_left_out(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     (tmp_path / "l.csv").write_text("image,young,smiles,hat\nx,nan,0,\ny,NaN,1,\nz,,1,\n")
     for name in ("l.parquet", "l.csv"):
-        with pytest.warns(Doubt, match=f"{name}: left out, as no image has a label in it: young, hat"):
+        told = f"{name}: left out, as no image has a label in it: young, hat"
+        with pytest.warns(Doubt, match=told) as warned:
             (smiles,) = read_labels(tmp_path / name, ["x", "y", "z"])
         assert (smiles.name, smiles.names, smiles.labels_M.tolist()) == ("smiles", ("0", "1"), [0, 1, 1])
+        assert warned[0].filename == __file__, "the user's line, not a decorator's"
     (tmp_path / "l.csv").write_text("image,young,hat\nx,nan,\ny,nan,\n")
     with pytest.raises(ValueError, match=r"l\.csv: no image has a label in young, hat"):
         read_labels(tmp_path / "l.csv", ["x", "y"])
