@@ -6,8 +6,9 @@ The files are described in data/store.py; codes are written in data/codes.py.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -86,6 +87,7 @@ class StoreWriter(ABC):
         _claim_directory(path, force)
         write_index_file(path / _INDEX, index)
         self._start(path, index, part=None)
+        self._is_new = True
 
     @classmethod
     def resume(cls: type[Writer], path: str | Path, *, part: int | None = None) -> Writer:
@@ -104,7 +106,7 @@ class StoreWriter(ABC):
         return writer
 
     def _start(self, path: Path, index: StoreIndex, part: int | None) -> None:
-        self.path, self.part = path, part
+        self.path, self.part, self._is_new = path, part, False
         self._index, self._written = _as_written(path) if part is None else (index, b"")
         self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
         if part is not None:
@@ -127,8 +129,8 @@ class StoreWriter(ABC):
     def write_shard(self, number: int, rows: Any, items: Items) -> None:
         """Writes shard `number` (its place in the order of rows) durably; it may have any number of rows, even none.
 
-        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label; of a
-        language model modality, token_id and text too.
+        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label, texts
+            or whole numbers for image and label; of a language model modality, token_id and text too.
 
         Raises:
             ValueError: a number that is on the disk, rows or items that do not fit, a store that is complete.
@@ -185,9 +187,17 @@ class StoreWriter(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an exception rows that are not on the disk are dropped, as a crash would."""
+        """After an exception rows that are not on the disk are dropped; a new store goes if its first are refused."""
         if kind is None:
             self.close()
+        elif issubclass(kind, ValueError) and self._is_new and not self.done:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """An empty store would be in the way of the next try. One that others have gone on with stays."""
+        with suppress(OSError, ValueError), self._alone():
+            if not part_files(self.path):
+                (self.path / _INDEX).unlink()
 
 
 class ActivationWriter(StoreWriter):
@@ -350,6 +360,14 @@ def clear_store(path: str | Path) -> None:
     remove_leftovers(path)
 
 
+def _texts(column: Any) -> Any:
+    """Names and labels: a whole number is its digits, as a label is in LabelSet.of."""
+    if isinstance(column, pa.Array | pa.ChunkedArray):
+        return column.cast(pa.string()) if pa.types.is_integer(column.type) else column
+    whole = [isinstance(each, Integral) and not isinstance(each, bool) for each in column]
+    return [str(each) if number else each for each, number in zip(column, whole)] if any(whole) else column
+
+
 def _item_table(items: Items, n_rows: int) -> pa.Table:
     table: Any = items if isinstance(items, pa.Table) else None
     columns = dict(items) if table is None else dict(zip(table.column_names, table.columns))
@@ -359,7 +377,8 @@ def _item_table(items: Items, n_rows: int) -> pa.Table:
     for name in TOKEN_SCHEMA.names[len(ITEM_SCHEMA) :] if schema is TOKEN_SCHEMA else ():
         columns.setdefault(name, [None] * n_rows)
     columns.setdefault("label", [None] * n_rows)
-    columns = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in columns.items()}
+    columns = {name: c.tolist() if isinstance(c, Tensor | np.ndarray) else c for name, c in columns.items()}
+    columns |= {name: _texts(columns[name]) for name in ("image", "label")}
     lengths = {name: len(column) for name, column in columns.items()}
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
