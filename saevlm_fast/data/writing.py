@@ -52,6 +52,7 @@ from saevlm_fast.settings import path_of
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
 _INDEX = "index.json"
+ITEM_COMPRESSION = "zstd"
 _PATIENCE_SECONDS = 60.0  # of a writer whose store another one writes to
 _OURS = re.compile(r"shard-\d{5,}\.safetensors|items-\d{5,}\.parquet|index\.part-\d+\.json")
 
@@ -145,7 +146,9 @@ class StoreWriter(ABC):
         kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
         with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
-                pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
+                pq.write_table(
+                    table, opened, compression=ITEM_COMPRESSION
+                )  # a path with a colon it would take for a URI
             save_safetensors_atomic(file, tensors)
             record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
             shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
