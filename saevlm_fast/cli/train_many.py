@@ -197,7 +197,7 @@ def _embeddings(options: "TrainArguments") -> "Activations | None":
     return None if named is None else open_activations(named)
 
 
-def evaluated_on(rows: int, kind: str, of: int | None) -> str:
+def evaluated_on(rows: float, kind: str, of: int | None) -> str:
     """Says whether the rows that were evaluated are a sample. kind: theirs. of: how many there are, if known."""
     if of is None or rows == of:
         return f"evaluation on {'' if of is None else 'all '}{rows:,} {kind} rows"
