@@ -3,10 +3,17 @@
 Every message names the argument (or the file), its value and the limit, in one line.
 """
 
+import errno
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
+
+_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "torch")  # both make decorators of ours
 
 
 class ActivationError(ValueError):
@@ -19,6 +26,14 @@ class ImageError(ValueError):
 
 class Doubt(UserWarning):
     """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
+
+
+def doubt(text: str, kind: type[Warning] = Doubt) -> None:
+    """Warns of it, at the line outside this package that led here: the user's, which can do something about it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, kind, stacklevel=level)
 
 
 class Interrupted(BaseException):
@@ -36,6 +51,56 @@ def goes_on(how: str = "the same command goes on where it stopped") -> Iterator[
         yield
     except Interrupted as error:
         raise Interrupted(f"{str(error).partition(';')[0]}; {how}") from None
+
+
+class DiskFull(OSError):
+    """A file for which there is no room; whatever writes it, the message says the same in the same order.
+
+    Attributes: of an OSError; what: was being written; kept: of the work, and how it goes on.
+    """
+
+    what, kept = "this file", "what was there before is as it was"
+
+    def __str__(self) -> str:
+        free = _free_room(self.filename)
+        free_text = "" if free is None else f"; {size_text(free)} are free on its disk"
+        return f"{self.filename}: {self.strerror}, while {self.what} was written{free_text}; {self.kept}"
+
+
+@contextmanager
+def while_writing(what: str, kept: str = "", path: Path | None = None) -> Iterator[None]:
+    """Work that writes says what, and what is kept of it if the disk is full. Raises DiskFull.
+
+    path: of the file, where an error would not have its name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and path is not None:
+            error.filename = path
+        full = full_disk(error)
+        if not isinstance(full, DiskFull):
+            raise
+        for name, value in (("what", what), ("kept", kept)):
+            if value and name not in vars(full):  # else who was nearer to the file has said it
+                setattr(full, name, value)
+        raise full from error.__cause__
+
+
+def full_disk(error: OSError) -> OSError:
+    """The error as DiskFull, if it is of a disk without room for a file whose name it tells."""
+    if isinstance(error, DiskFull) or error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is None:
+        return error
+    return DiskFull(error.errno, error.strerror, str(error.filename))
+
+
+def _free_room(path: str) -> int | None:
+    """Bytes, where the file is or would be; None if the system does not say."""
+    try:
+        there = next(each for each in (Path(path).absolute(), *Path(path).absolute().parents) if each.exists())
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None
 
 
 def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:

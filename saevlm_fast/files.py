@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from saevlm_fast.errors import DiskFull, full_disk
+
 TEMPORARY_PREFIX = ".writing-"
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # NumPy's, without errno
@@ -37,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The file has the permissions of any new file there, as the umask says, whoever writes it (safetensors makes its own
     with 600). On any error, Ctrl-C included, the temporary file is removed and an existing `path` is left as it was. An
-    OSError of the write itself (full disk, missing directory) is raised again with `path` in its message.
+    OSError of the write itself (missing directory) is raised again with `path` in its message, that of a full disk as
+    DiskFull.
     """
     path = Path(path)
     temporary = _temporary_sibling(path)
@@ -51,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise OSError(*_reason(error), str(path)) from error
+            raise full_disk(OSError(*_reason(error), str(path))) from error
         raise
     _fsync_directory(path.parent)
 
@@ -90,10 +93,12 @@ def atomic_directory(path: str | os.PathLike[str], replace: bool = False) -> Ite
         if occupied:
             os.replace(path, old)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not path.exists():
             os.replace(old, path)
+        if isinstance(error, DiskFull):
+            error.filename = error.filename.replace(str(temporary), str(path))
         raise
     _fsync_directory(path.parent)
     remove(old)

@@ -1,6 +1,5 @@
 """The SAE module: encode to sparse codes, decode; save in the SAELens v6 layout, open any format."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from saevlm_fast.config import CALIBRATED, SAEConfig
-from saevlm_fast.errors import Doubt, check_dense, check_kind, require
+from saevlm_fast.errors import check_dense, check_kind, doubt, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.plain import PARAMETERS, Activation, PlainSAE
@@ -359,8 +358,8 @@ class SparseAutoencoder(nn.Module):
         check_kind("assume", assume, (Mapping, type(None)), "a mapping")
         local = resolve(path)
         plain = registry.read(local.path, trust_pickle=trust_pickle, assume={**local.assume, **(assume or {})})
-        for doubt in plain.doubts:
-            warnings.warn(doubt, Doubt, stacklevel=2)
+        for each in plain.doubts:
+            doubt(each)
         sae = cls.from_plain(plain, device, dtype)
         return sae if local.repo is None else with_metadata(sae, hub=local.record())
 

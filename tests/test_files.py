@@ -4,13 +4,16 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from saevlm_fast.errors import DiskFull, full_disk, while_writing
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
@@ -229,11 +232,46 @@ def test_numpys_short_write_is_told_as_what_it_is(tmp_path):
 def test_safetensors_full_disk_has_its_number(tmp_path):
     """Its OSError has errno in a sentence alone."""
     with (
-        pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*/a'$") as error,
+        pytest.raises(DiskFull, match=r"/a: No space left on device, while this file was written; .* free") as error,
         atomic_write(tmp_path / "a"),
     ):
         raise OSError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert error.value.errno == errno.ENOSPC
+
+
+def test_a_full_disk_says_file_work_room_and_what_is_kept(tmp_path, monkeypatch):
+    """Of every writer the same: who is nearer to the file says it first."""
+    monkeypatch.setattr("saevlm_fast.errors.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9e9, 9e9, 12_300))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(DiskFull) as error,
+        while_writing("all of it", "nothing"),
+        while_writing("a part", "the part before it is kept"),
+        atomic_directory(tmp_path / "parts") as directory,
+        atomic_write(directory / "a"),
+    ):
+        raise full
+    where, room = tmp_path / "parts" / "a", "12.3 kB are free on its disk"
+    told = f"{where}: No space left on device, while a part was written; {room}; the part before it is kept"
+    assert str(error.value) == str(pickle.loads(pickle.dumps(error.value))) == told
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(DiskFull, match=f"^{tmp_path}/log: .* while the log was written; .* is as it was$"),
+        while_writing("the log", path=tmp_path / "log"),
+    ):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_other_errors_of_writing_are_as_they_are(tmp_path):
+    missing = OSError(errno.ENOENT, "No such file", "x")
+    with pytest.raises(OSError, match="No such file") as error, while_writing("a part", "nothing"):
+        raise missing
+    assert error.value is missing
+    assert not isinstance(error.value, DiskFull)
+    with pytest.raises(OSError, match=r"^rank 0: full$"), while_writing("a part"):
+        raise OSError("rank 0: full")
+    assert full_disk(OSError(errno.ENOSPC, "full")).filename is None, "of no file nothing can be told"
 
 
 def test_what_is_read_while_a_file_is_written_is_not_told_as_a_full_disk(tmp_path):

@@ -422,8 +422,9 @@ def test_batch_topk_saes_of_sae_lens_load(tmp_path, widths):
         assert read_sae_header(tmp_path).config == sae.config
     metadata["training_architecture_details"]["k"] = 5.5
     (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg | {"metadata": metadata}))
-    with pytest.warns(Doubt, match=r"k is 5\.5, not a whole number; it is left out"):
+    with pytest.warns(Doubt, match=r"k is 5\.5, not a whole number; it is left out") as warned:
         assert SparseAutoencoder.from_pretrained(tmp_path).config.k is None
+    assert warned[0].filename == __file__
 
 
 def test_weights_that_do_not_fit_in_memory_are_one_error():

@@ -14,7 +14,7 @@ from saevlm_fast.cli.options import app
 from saevlm_fast.cli.ranks import speaks
 from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
-from saevlm_fast.errors import Interrupted, first_line, require
+from saevlm_fast.errors import Interrupted, first_line, full_disk, require
 from saevlm_fast.training import beside
 
 # Each makes itself a command of the app, in this order.
@@ -64,7 +64,8 @@ def _code() -> int:
         _refuse(first_line(error))
         return 2
     except (ValueError, OSError, MemoryError) as error:
-        _refuse(str(error) or type(error).__name__)  # a MemoryError has no words
+        told = full_disk(error) if isinstance(error, OSError) else error
+        _refuse(str(told) or type(error).__name__)  # a MemoryError has no words
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         if speaks():

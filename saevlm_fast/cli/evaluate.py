@@ -1,5 +1,6 @@
 """saevlm-fast evaluate: how good SAEs are, beside what cannot have learned."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -8,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.evaluate_inputs import open_inputs, open_random_inputs, open_subjects
 from saevlm_fast.cli.evaluate_options import EvaluateArguments
-from saevlm_fast.cli.evaluate_output import check_output, working_directory, write_evaluation
+from saevlm_fast.cli.evaluate_output import check_output, record_of, working_directory, write_evaluation
 from saevlm_fast.cli.evaluate_print import print_evaluation
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
+from saevlm_fast.cli.record import SETTINGS_FILE
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bars, say
 from saevlm_fast.errors import Interrupted
@@ -98,30 +100,33 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         on_random = open_random_inputs(here, saes, inputs)
         if peers is not None:
             check_same_data(peers, inputs.digests | {"sae": [each.digest for each in subjects]})
-        with _telling_how_to_go_on(options):
-            if peers is not None and not leads(peers):
-                _take_part(options, subjects, inputs, on_random, peers)
-                return None
-            with working_directory(options) as place:
-                evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
+        if peers is not None and not leads(peers):
+            _take_part(options, subjects, inputs, on_random, peers)
+            return None
+        with working_directory(options) as place, _telling_how_to_go_on(options, inputs, place, peers):
+            evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
     print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
     return {"output": str(options.output), **evaluation.as_json()}
 
 
 @contextmanager
-def _telling_how_to_go_on(options: EvaluateArguments) -> Iterator[None]:
-    """Where parts of this evaluation are on the disk when it is interrupted."""
-    from saevlm_fast.outputs import workplace
-
+def _telling_how_to_go_on(
+    options: EvaluateArguments, inputs: "Inputs", place: Path, peers: "Peers | None"
+) -> Iterator[None]:
+    """Where parts are on the disk when it is interrupted: the settings are put beside them, and the command that goes
+    on with them is told."""
     try:
         yield
     except Interrupted as error:
-        place = workplace(options.output)
-        if not (place / "parts").is_dir() or (options.force and place == options.output):
-            raise  # what is there may be of the evaluation that was to be replaced
-        instead = " instead of --force" if options.force else ""
-        raise Interrupted(f"{error}; continue with the same command and --resume{instead}") from None
+        if not (place / "parts").is_dir():
+            raise
+        if options.resume:  # settings that are there are those of the evaluation that it added to
+            raise Interrupted(f"{error}; continue with the same command") from None
+        record_of(options, inputs).write()
+        program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+        settings = shlex.quote(str(place / SETTINGS_FILE))
+        raise Interrupted(f"{error}; continue with: {program} evaluate --config {settings} --resume") from None
 
 
 def _take_part(

@@ -78,10 +78,15 @@ def write_evaluation(options: EvaluateArguments, inputs: "Inputs", evaluation: "
     drawn = draw(evaluation, place / PICTURE)
     if not drawn:
         say(f"no {PICTURE}: matplotlib is not installed (saevlm-fast[notebook])")
+    record_of(options, inputs).write()
+    write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
+
+
+def record_of(options: EvaluateArguments, inputs: "Inputs") -> Record:
+    """The settings, which repeat the evaluation from anywhere."""
     labels = options.labels if options.labels in (FROM_STORE, NO_LABELS) else _placed(options.labels)
     as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
-    Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows).write()
-    write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
+    return Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows)
 
 
 def _write_tables(evaluation: "Evaluation", place: Path) -> None:

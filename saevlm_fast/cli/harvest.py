@@ -111,6 +111,7 @@ def plan(options: HarvestArguments) -> Plan:
     """What would be written; the time from two forward passes of the first batch."""
     from saevlm_fast.harvesting.inputs import open_source
     from saevlm_fast.harvesting.plan import HarvestPlan
+    from saevlm_fast.harvesting.sizes import beside_rows
     from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.runtime import resolve_device
 
@@ -130,6 +131,7 @@ def plan(options: HarvestArguments) -> Plan:
             seconds = _seconds_an_image(batch, decoding, tower, run)
             forward = peak()
         row_bytes = [_row_bytes(planned, store, batch) for store in planned.stores]
+        beside = sum(beside_rows(planned, store) for store in planned.stores)
     n = planned.n_images
     rows = [n * store.rows_per_image for store in planned.stores]
     weights = sum(p.numel() * p.element_size() for p in tower.model.parameters())
@@ -141,7 +143,7 @@ def plan(options: HarvestArguments) -> Plan:
             "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
             **memory_figures(tower.device, weights + forward, free),
             "a_forward_bytes": forward,
-            **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
+            **disk_figures(options.output, sum(map(mul, rows, row_bytes)) + beside),
             **replaced_figures(options.output, options.force),
             **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n}),
         },

@@ -22,7 +22,7 @@ from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_pro
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, metric_text, print_table, say, tell
 from saevlm_fast.cli.train_looks import TowerLooks
-from saevlm_fast.cli.train_many import TABLES, summarise
+from saevlm_fast.cli.train_many import TABLES, evaluated_on, summarise
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.training.memory import training_disk
@@ -229,7 +229,7 @@ def _told(options: "TrainArguments", trained: "dict[str, Trained]", note: str) -
         return summarise(options.output, trained, kind, note)
     metrics = dict(trained[""].metrics)
     rows = metrics.pop("rows")
-    say(f"evaluation on {rows:,} {kind} rows")
+    say(evaluated_on(rows, kind, None))
     print_table(("measure", "value"), ((name, metric_text(value)) for name, value in metrics.items()))
     say(note, f"wrote {options.output}")
     return {

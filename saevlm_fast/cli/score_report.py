@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.cli.terminal import print_table, print_wide_table, say
+from saevlm_fast.cli.terminal import print_table, print_wide_table, say, say_list
 
 if TYPE_CHECKING:
     from saevlm_fast.scoring.controls import Comparison, Stratum
@@ -111,8 +111,8 @@ def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
     on = f" on {FEWEST_IMAGES} images or more" if often.best_latents else ""
     summary = often if often.best_latents else summary
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
-        listed = "  ".join(f"{latent}: {value:.3f} ({int(scores.n_active[latent]):,})" for latent, value in extremes)
-        say(f"{label} latents{on} (images it fires on)  {listed}")
+        listed = (f"{latent}: {value:.3f} ({int(scores.n_active[latent]):,})" for latent, value in extremes)
+        say_list(f"{label} latents{on} (images it fires on)", listed)
 
 
 def _certainty_rows(summary: "TrustSummary") -> list[tuple[str, str]]:

@@ -79,6 +79,16 @@ def say(*lines: str) -> None:
         out.print(shown(line), highlight=False, soft_wrap=True)
 
 
+def say_list(head: str, items: Iterable[str]) -> None:
+    """A line of the result that ends in a list: it goes on below where the terminal is too narrow, between items."""
+    lines = [head]
+    for item in items:
+        if len(lines[-1]) + 2 + len(item) > out.width:
+            lines.append("  ")
+        lines[-1] += f"  {item}"
+    say(*lines)
+
+
 def tell(text: str) -> None:
     """A line beside the result, on stderr."""
     err.print(shown(text), emoji=False, highlight=False, soft_wrap=True)

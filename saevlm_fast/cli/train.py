@@ -21,7 +21,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, metric_text, print_table, say, tell, warn
-from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
+from saevlm_fast.cli.train_many import evaluated_on, plan_many, runs_of, train_grid
 from saevlm_fast.cli.train_options import Run, TrainArguments
 from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
@@ -35,14 +35,20 @@ Planned = TypeVar("Planned")
 
 
 def open_data(options: TrainArguments) -> "tuple[Activations, Activations | None]":
-    """The activations and those held out; the box's scenes are harvested, unless they are in the cache."""
+    """The activations and those held out; the box's scenes are harvested, unless they are in the cache.
+
+    ValueError: of the activations there is nothing to learn.
+    """
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.training.scale import check_rows_differ
 
     activations, validation = options.activations, options.validation
     if activations is None:
         activations = scenes("train", device=options.device).activations
         validation = validation or scenes("test", device=options.device).activations
-    return open_activations(activations), None if validation is None else open_activations(validation)
+    data = open_activations(activations)
+    check_rows_differ(data)
+    return data, None if validation is None else open_activations(validation)
 
 
 def _planned(options: TrainArguments, make: Callable[[TrainArguments, int, int, Path], Planned]) -> Planned:
@@ -202,8 +208,7 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
     record.write()
     _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
-    of_all = "all " if held_out or rows == data.n_rows else ""
-    say(f"evaluation on {of_all}{rows:,} {kind} rows" + ("" if of_all else f", evenly spread over {data.n_rows:,}"))
+    say(evaluated_on(rows, kind, (held_out or data).n_rows))
     print_table(("measure", "value"), ((name, metric_text(value)) for name, value in metrics.items()))
     say(f"wrote {output}")
     return {

@@ -142,7 +142,8 @@ def train_grid(
         record.write()
     if looks is None:
         return None
-    return summarise(options.output, trained, "validation" if held_out else "training", looks.note)
+    read = held_out or data
+    return summarise(options.output, trained, "validation" if held_out else "training", looks.note, read.n_rows)
 
 
 def _records(options: "TrainArguments", data: "Activations") -> list[Record]:
@@ -196,8 +197,20 @@ def _embeddings(options: "TrainArguments") -> "Activations | None":
     return None if named is None else open_activations(named)
 
 
-def summarise(output: Path, trained: "Mapping[str, Trained]", kind: str, note: str) -> dict[str, Any]:
-    """Table, files and picture; what --json prints. kind: of the rows that were evaluated. note: of MS."""
+def evaluated_on(rows: float, kind: str, of: int | None) -> str:
+    """Says whether the rows that were evaluated are a sample. kind: theirs. of: how many there are, if known."""
+    if of is None or rows == of:
+        return f"evaluation on {'' if of is None else 'all '}{rows:,} {kind} rows"
+    return f"evaluation on {rows:,} {kind} rows, evenly spread over {of:,}"
+
+
+def summarise(
+    output: Path, trained: "Mapping[str, Trained]", kind: str, note: str, n_rows: int | None = None
+) -> dict[str, Any]:
+    """Table, files and picture; what --json prints.
+
+    kind: of the rows that were evaluated. note: of MS. n_rows: of which these are some or all, if that is known.
+    """
     from saevlm_fast.cli.grid_picture import write_picture
     from saevlm_fast.files import write_json_atomic
 
@@ -208,14 +221,14 @@ def summarise(output: Path, trained: "Mapping[str, Trained]", kind: str, note: s
         metrics.pop("rows")
         row = {"name": name, "architecture": sae.architecture, "d_sae": sae.d_sae, "k": sae.k, **metrics}
         rows.append(row | ({"ms_mean": metrics.get("ms_mean")} if scored else {}))
-    n_rows = next(iter(trained.values())).metrics["rows"]
-    say(f"evaluation on {n_rows:,} {kind} rows")
+    n_read = next(iter(trained.values())).metrics["rows"]
+    say(evaluated_on(n_read, kind, n_rows))
     print_wide_table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    write_json_atomic(output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
+    write_json_atomic(output / TABLE_FILE, {"rows": n_read, "of": kind, "saes": rows, "note": note})
     _write_parquet(output / PARQUET_FILE, rows)
     write_picture(output / PICTURE_FILE, rows, note)
     say(note, f"wrote {output}")
-    return {"output": str(output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
+    return {"output": str(output), "evaluation": {"rows": n_read, "of": kind}, "saes": rows}
 
 
 def _cell(value: Any) -> str:

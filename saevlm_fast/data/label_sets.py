@@ -6,7 +6,7 @@ Shape suffixes: N images, L labels, M (image, label) entries.
 
 import csv
 import os
-import warnings
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import Doubt, first_line, require, shown
+from saevlm_fast.errors import doubt, first_line, renamed, require, shown
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
 
 Label = str | int
+_BELOW_0 = re.compile(r"-\d+(\.0)?")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ class LabelSet:
         """One label an image, several, or None of an image of which nothing is known. An empty text is no label.
 
         Raises:
-            ValueError: no image has a label.
+            ValueError: no image has a label; a number below 0, but for a set of -1 and 1.
         """
         per_image = [_labels_of(each) for each in several("labels", labels)]
         names = tuple(sorted({label for each in per_image if each is not None for label in each}))
         require(len(names) > 0, f"labels: {name}: no image has a label")
+        _check_marks(name, names, per_image)
         number = {label: i for i, label in enumerate(names)}
         rows = [[] if each is None else sorted(number[label] for label in each) for each in per_image]
         offsets_N1 = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
@@ -123,6 +125,18 @@ def _name(label: Any) -> str | None:
     return str(label) if whole or isinstance(label, str) else None
 
 
+def _check_marks(name: str, names: Sequence[str], per_image: Sequence[set[str] | None]) -> None:
+    """ValueError: a number below 0, with which data sets mark what is not labelled; of attributes -1 beside 1 is no."""
+    below = [label for label in names if _BELOW_0.fullmatch(label)]
+    if not below or {label.removesuffix(".0") for label in names} == {"-1", "1"}:
+        return
+    n = sum(label is not None and below[0] in label for label in per_image)
+    raise ValueError(
+        f"labels: {name}: {below[0]} on {n:,} images is below 0, as unlabelled images are marked; give None where "
+        "nothing is known of an image (in a file no line), '' where it has no label (an empty cell), or a class a name"
+    )
+
+
 def halves(ids: Sequence[str]) -> np.ndarray:
     """bool [N]: the half for choosing; the other is for reporting. By the images' ids, so that no order matters."""
     return np.array([zlib.crc32(f"half of {each}".encode()) & 1 for each in ids], bool)
@@ -135,10 +149,11 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     The first column is the image's id, as the store has it, or the row's number where a matrix has no ids. An id may
     stand in several lines: the image then has several labels. An empty cell is no label, nor is NaN among numbers; an
     image that is in no line is left out. Lines of images that are not there are passed over, with a Doubt if there are
-    images without a line as well.
+    images without a line as well. Columns without a label of any of the images are left out, with a Doubt.
 
     Raises:
-        ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images.
+        ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images, no
+            label in any column, a number below 0 as LabelSet.of refuses it.
         RemoteError: a URL that cannot be read.
     """
     path = fetched(url_of(path)).path if is_url(path) else Path(path)
@@ -167,8 +182,15 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     n_known = sum(each is not None for each in found[0])
     if n_strangers and n_known < len(ids):
         told = f"{n_known:,} of {len(ids):,} images are in it, and {n_strangers:,} of its lines are of none"
-        warnings.warn(f"labels: {path}: {told}, such as {stranger!r}", Doubt, stacklevel=2)
-    return [LabelSet.of(column, name) for name, column in zip(header[1:], found)]
+        doubt(f"labels: {path}: {told}, such as {stranger!r}")
+    sets = {name: column for name, column in zip(header[1:], found) if any(column)}
+    require(len(sets) > 0, f"labels: {path}: no image has a label in {', '.join(header[1:])}")
+    if empty := [name for name in header[1:] if name not in sets]:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        told = f"left out, as no image has a label in it: {', '.join(empty[:3])}{more}"
+        doubt(f"labels: {path}: {told}")
+    with renamed(f"labels: {path}", "labels"):
+        return [LabelSet.of(column, name) for name, column in sets.items()]
 
 
 def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -176,7 +198,17 @@ def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:
         header, *lines = [line for line in csv.reader(file, strict=True) if line] or [[]]
     for number, line in enumerate(lines, 2):
         require(len(line) == len(header), f"line {number}: {len(line)} cells; the header has {len(header)}")
-    return [cell.strip() for cell in header], [[cell.strip() for cell in line] for line in lines]
+    numbers = [all(_is_number(line[i].strip()) for line in lines) for i in range(len(header))]
+    stripped = [[_text(cell.strip(), number) for cell, number in zip(line, numbers)] for line in lines]
+    return [cell.strip() for cell in header], stripped
+
+
+def _is_number(cell: str) -> bool:
+    """A cell that says nothing is of any column."""
+    try:
+        return not cell or float(cell) is not None
+    except ValueError:
+        return False
 
 
 def _parquet_lines(path: Path) -> tuple[list[str], list[list[str]]]:

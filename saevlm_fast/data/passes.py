@@ -56,7 +56,8 @@ class Pass:
             if seconds < FIRST_SECONDS or now - self._spoken < SECONDS or not 0 < self.done < self.total:
                 return
             self._spoken = now
-            left = (self.total - self.done) * seconds / self.done
-            text = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {left:.0f} s left"
+            rate, left = self.done / seconds, (self.total - self.done) * seconds / self.done
+            counted = f"{self.done:,} of {self.total:,} {self.unit}"
+            text = f"{self.what}: {counted}, {left:.0f} s left at {rate:.1f} {self.unit}/s"
             for each in list(_listeners):
                 each(text)

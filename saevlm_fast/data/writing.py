@@ -6,8 +6,9 @@ The files are described in data/store.py; codes are written in data/codes.py.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -34,7 +35,16 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, check_dense, check_kind, first_line, require, shown, whole_number
+from saevlm_fast.errors import (
+    ActivationError,
+    check_dense,
+    check_kind,
+    first_line,
+    require,
+    shown,
+    while_writing,
+    whole_number,
+)
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
@@ -42,6 +52,7 @@ from saevlm_fast.settings import path_of
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
 _INDEX = "index.json"
+ITEM_COMPRESSION = "zstd"
 _PATIENCE_SECONDS = 60.0  # of a writer whose store another one writes to
 _OURS = re.compile(r"shard-\d{5,}\.safetensors|items-\d{5,}\.parquet|index\.part-\d+\.json")
 
@@ -77,6 +88,7 @@ class StoreWriter(ABC):
         _claim_directory(path, force)
         write_index_file(path / _INDEX, index)
         self._start(path, index, part=None)
+        self._is_new = True
 
     @classmethod
     def resume(cls: type[Writer], path: str | Path, *, part: int | None = None) -> Writer:
@@ -95,7 +107,7 @@ class StoreWriter(ABC):
         return writer
 
     def _start(self, path: Path, index: StoreIndex, part: int | None) -> None:
-        self.path, self.part = path, part
+        self.path, self.part, self._is_new = path, part, False
         self._index, self._written = _as_written(path) if part is None else (index, b"")
         self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
         if part is not None:
@@ -118,8 +130,8 @@ class StoreWriter(ABC):
     def write_shard(self, number: int, rows: Any, items: Items) -> None:
         """Writes shard `number` (its place in the order of rows) durably; it may have any number of rows, even none.
 
-        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label; of a
-        language model modality, token_id and text too.
+        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label, texts
+            or whole numbers for image and label; of a language model modality, token_id and text too.
 
         Raises:
             ValueError: a number that is on the disk, rows or items that do not fit, a store that is complete.
@@ -131,9 +143,12 @@ class StoreWriter(ABC):
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
         table = _item_table(items, n_rows)
-        with self._alone():
+        kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
+        with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
-                pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
+                pq.write_table(
+                    table, opened, compression=ITEM_COMPRESSION
+                )  # a path with a colon it would take for a URI
             save_safetensors_atomic(file, tensors)
             record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
             shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
@@ -175,9 +190,17 @@ class StoreWriter(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an exception rows that are not on the disk are dropped, as a crash would."""
+        """After an exception rows that are not on the disk are dropped; a new store goes if its first are refused."""
         if kind is None:
             self.close()
+        elif issubclass(kind, ValueError) and self._is_new and not self.done:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """An empty store would be in the way of the next try. One that others have gone on with stays."""
+        with suppress(OSError, ValueError), self._alone():
+            if not part_files(self.path):
+                (self.path / _INDEX).unlink()
 
 
 class ActivationWriter(StoreWriter):
@@ -340,6 +363,14 @@ def clear_store(path: str | Path) -> None:
     remove_leftovers(path)
 
 
+def _texts(column: Any) -> Any:
+    """Names and labels: a whole number is its digits, as a label is in LabelSet.of."""
+    if isinstance(column, pa.Array | pa.ChunkedArray):
+        return column.cast(pa.string()) if pa.types.is_integer(column.type) else column
+    whole = [isinstance(each, Integral) and not isinstance(each, bool) for each in column]
+    return [str(each) if number else each for each, number in zip(column, whole)] if any(whole) else column
+
+
 def _item_table(items: Items, n_rows: int) -> pa.Table:
     table: Any = items if isinstance(items, pa.Table) else None
     columns = dict(items) if table is None else dict(zip(table.column_names, table.columns))
@@ -349,7 +380,8 @@ def _item_table(items: Items, n_rows: int) -> pa.Table:
     for name in TOKEN_SCHEMA.names[len(ITEM_SCHEMA) :] if schema is TOKEN_SCHEMA else ():
         columns.setdefault(name, [None] * n_rows)
     columns.setdefault("label", [None] * n_rows)
-    columns = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in columns.items()}
+    columns = {name: c.tolist() if isinstance(c, Tensor | np.ndarray) else c for name, c in columns.items()}
+    columns |= {name: _texts(columns[name]) for name in ("image", "label")}
     lengths = {name: len(column) for name, column in columns.items()}
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")

@@ -5,7 +5,10 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
+from torch import Tensor
 
 from saevlm_fast import __version__
 from saevlm_fast.config import HarvestOptions
@@ -61,6 +64,15 @@ class HarvestPlan:
         first, batch = unit * self.images_per_unit, self.config.batch_size
         last = min(first + self.images_per_unit, self.n_images)
         return [range(start, min(start + batch, last)) for start in range(first, last, batch)]
+
+    def items_of(self, unit: int, images: Tensor, positions: Tensor) -> pa.Table:
+        """Items of rows of a unit. Ids and labels are asked for once an image: an image may have hundreds of rows."""
+        numbers = [i for batch in self.batches_of(unit) for i in batch]
+        places = pa.array((images - numbers[0]).numpy())
+        ids = pa.array([self.source.image_id(i) for i in numbers], pa.string())
+        labels = pa.array([self.source.label(i) for i in numbers], pa.string())
+        tokens = pa.array(positions.numpy().astype(np.int32))
+        return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
 
     def source_of(self, store: PlannedStore) -> dict[str, Any]:
         """What a store's index says of where its rows come from."""

@@ -24,6 +24,7 @@ from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store,
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+from saevlm_fast.harvesting.sizes import beside_rows
 from saevlm_fast.images.batches import Batch
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import LOCK_FILE, begin_replacement, check_room, is_being_swapped, publish, settle, workplace
@@ -166,8 +167,8 @@ class HarvestStores:
             require(free, f"output: {there} is there and not of the harvest that --force replaces")
 
     def _check_disk(self) -> None:
-        """ValueError: there is less room than rows take, of stores whose number of rows is known before they are made:
-        not of patches where images have grids of their own, of codes, or of texts."""
+        """ValueError: there is less room than rows and their items take, of stores whose number of rows is known before
+        they are made: not of patches where images have grids of their own, of codes, or of texts."""
         plan = self.plan
         if plan.sae is not None or plan.config.is_language:
             return
@@ -175,9 +176,15 @@ class HarvestStores:
         grids = {point: layout.grid for point, layout in plan.run.layouts.items()}
         known = [store for store in plan.stores if store.rows_per_image == 1 or grids.get(store.point) is not None]
         image_bytes = sum(store.rows_per_image * store.width * itemsize for store in known)
-        there = sum(file.stat().st_size for file in self.place.rglob("shard-*.safetensors"))  # of one that goes on
         whole = int(plan.n_images * (1 - plan.options.max_skipped))  # the others may be unusable
-        check_room(self.output, whole * image_bytes - there, "what is left to write takes")
+        there = sum(file.stat().st_size for file in self.place.rglob("shard-*.safetensors"))  # of one that goes on
+        beside = sum(beside_rows(plan, store) * self._share_left(store) for store in known)
+        needed = whole * image_bytes - there + round(beside * whole / plan.n_images)
+        check_room(self.output, needed, "what is left to write takes")
+
+    def _share_left(self, store: PlannedStore) -> float:
+        """Of its units."""
+        return max(0.0, 1 - len(list(self._path(store).glob("items-*.parquet"))) / self.plan.n_units)
 
     def _path(self, store: PlannedStore) -> Path:
         """Where the store is now."""
@@ -230,7 +237,7 @@ class HarvestStores:
     def _write_shard(self, unit: int, store: PlannedStore, writer: StoreWriter, rows: list[BatchRows]) -> None:
         images = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.image_of_row for piece in rows)])
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
-        items = self._items(unit, images, positions)
+        items = self.plan.items_of(unit, images, positions)
         told = [piece.details for piece in rows if piece.details is not None]
         if told:
             items = self._with_tokens(items, told)
@@ -247,16 +254,6 @@ class HarvestStores:
             whose = f" (image {items['image'][bad[0]]}, token {items['token'][bad[0]]})" if bad else ""
             wider = "; float16 ends at 65504, try --store-dtype bfloat16" if rows_MD.dtype == torch.float16 else ""
             raise ActivationError(f"{error}{whose}{wider}") from error
-
-    def _items(self, unit: int, images: Tensor, positions: Tensor) -> pa.Table:
-        """Ids and labels are asked for once an image: an image may have hundreds of rows."""
-        source = self.plan.source
-        numbers = [i for batch in self.plan.batches_of(unit) for i in batch]
-        places = pa.array((images - numbers[0]).numpy())
-        ids = pa.array([source.image_id(i) for i in numbers], pa.string())
-        labels = pa.array([source.label(i) for i in numbers], pa.string())
-        tokens = pa.array(positions.numpy().astype(np.int32))
-        return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
 
     def _with_tokens(self, items: pa.Table, told: list[dict[str, Tensor]]) -> pa.Table:
         """The modality, number and text of every token beside its image and place."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saevlm_fast.errors import while_writing
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -47,9 +48,10 @@ class Spill:
             self.path.mkdir(parents=True, exist_ok=True)
             self._files = {name: (self.path / name).open("wb") for name in self._kinds}
         acts_M, latents_M, offsets = codes.compact().csr()
-        self._files["acts"].write(acts_M.numpy().astype(np.float32, copy=False).tobytes())
-        self._files["latents"].write(latents_M.numpy().astype(self._kinds["latents"]).tobytes())
-        self._files["ends"].write((offsets[1:].numpy() + self.n_entries).tobytes())
+        with while_writing("codes", path=self.path):
+            self._files["acts"].write(acts_M.numpy().astype(np.float32, copy=False).tobytes())
+            self._files["latents"].write(latents_M.numpy().astype(self._kinds["latents"]).tobytes())
+            self._files["ends"].write((offsets[1:].numpy() + self.n_entries).tobytes())
         self.n_rows, self.n_entries = self.n_rows + codes.n_rows, self.n_entries + len(acts_M)
 
     def finish(self) -> None:

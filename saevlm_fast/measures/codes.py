@@ -1,7 +1,8 @@
 """The codes of all images, encoded once and kept latent by latent: what every measure of an SAE's latents reads.
 
 8 bytes an entry (26 million entries, ImageNet's 1.28 million images at L0 20, are 0.2 GB), three times that while they
-are sorted. Shape suffixes: N images, S latents, M entries, T latents with enough images, P tops of each.
+are sorted, twice once somebody has asked for their order by activation.
+Shape suffixes: N images, S latents, M entries, T latents with enough images, P tops of each.
 """
 
 from collections.abc import Sequence
@@ -65,6 +66,13 @@ class KeptCodes:
         return np.repeat(np.arange(self.n_latents, dtype=np.int32), self.counts_S)
 
     @cached_property
+    def order_M(self) -> np.ndarray:
+        """int64, places of the entries: latent by latent, the largest activation first, ties by image."""
+        # One number of both is sorted many times faster than two keys: bits of floats above 0 are in their order.
+        bits_M = self.acts_M.astype(np.float32).view(np.int32).astype(np.int64)
+        return np.argsort((self.latents_M.astype(np.int64) << 32) - bits_M, kind="stable")
+
+    @cached_property
     def status_S(self) -> np.ndarray:
         """int8 index into STATUSES, as the score's: dead, constant, single, defined."""
         low_S = np.zeros(self.n_latents, np.float32)
@@ -110,12 +118,8 @@ class KeptCodes:
         latents_T = np.flatnonzero(enough_S)
         if not len(latents_T):
             return latents_T, np.zeros((0, n), np.int32)
-        kept_M = enough_S[self.latents_M]
-        latents_M, acts_M, images_M = self.latents_M[kept_M], self.acts_M[kept_M], self.images_M[kept_M]
-        order_M = np.lexsort((-acts_M, latents_M))  # stable: images ascend already
-        starts_T = np.concatenate([[0], self.counts_S[latents_T].cumsum()[:-1]])
-        places_TP = starts_T[:, None] + np.arange(n)
-        return latents_T, images_M[order_M[places_TP]]
+        places_TP = self.offsets_S1[latents_T, None] + np.arange(n)
+        return latents_T, self.images_M[self.order_M[places_TP]]
 
 
 def dense_codes(acts_NS: torch.Tensor) -> SparseCodes:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saevlm_fast.data.label_sets import LabelSet
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.uniqueness import blocks
 
@@ -48,10 +49,17 @@ class LabelScores(NamedTuple):
         return np.where(there, places, -1)
 
 
-def label_scores(codes: KeptCodes, labels: LabelSet) -> LabelScores:
-    """Every latent and label of the same N images, of which all are taken to be known."""
-    blocks_made = (_block(codes, labels, first, last) for first, last in _blocks(codes, labels))
-    parts = [part for part in blocks_made if part is not None]
+def label_scores(codes: KeptCodes, labels: LabelSet, reading: Pass | None = None) -> LabelScores:
+    """Every latent and label of the same N images, of which all are taken to be known.
+
+    reading: counts the entries of codes.
+    """
+    parts = []
+    for first, last in _blocks(codes, labels):
+        part = _block(codes, labels, first, last)
+        parts += [] if part is None else [part]
+        if reading is not None:
+            reading.add(int(codes.offsets_S1[last] - codes.offsets_S1[first]))
     if not parts:
         return LabelScores(*(np.zeros(0, kind) for kind in (np.int32, np.int32, np.int64, float, float, float)))
     return LabelScores(*(np.concatenate(columns) for columns in zip(*parts)))
@@ -78,10 +86,8 @@ def _blocks(codes: KeptCodes, labels: LabelSet) -> Iterator[tuple[int, int]]:
 def _block(codes: KeptCodes, labels: LabelSet, first: int, last: int) -> LabelScores | None:
     """The latents first .. last - 1; None if they meet no label."""
     begin, end = int(codes.offsets_S1[first]), int(codes.offsets_S1[last])
-    latent_M = codes.latents_M[begin:end].astype(np.int64)
-    acts_M, images_M = codes.acts_M[begin:end], codes.images_M[begin:end]
-    order = np.lexsort((-acts_M, latent_M))  # each latent's largest first
-    latent_M, acts_M, images_M = latent_M[order], acts_M[order], images_M[order]
+    latent_M, order_M = codes.latents_M[begin:end].astype(np.int64), codes.order_M[begin:end]
+    acts_M, images_M = codes.acts_M[order_M], codes.images_M[order_M]  # each latent's largest first
     above_M, through_M = _tied(latent_M, acts_M)
     # Of every positive: its pair, and where its tied group begins and ends.
     lengths_M = np.diff(labels.offsets_N1)[images_M]

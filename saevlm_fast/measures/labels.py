@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saevlm_fast.data.label_sets import LabelSet
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes
 from saevlm_fast.measures.information import mutual_information
@@ -48,11 +49,13 @@ def labels_of_latents(
     """
     known_N = labels.known_N
     codes, labels, half_N = codes.part(known_N), labels.part(known_N), half_N[known_N]
+    reading = Pass(f"labels {labels.name}", (1 + n_shuffles) * len(codes.acts_M), "entries")
     pure = purity(codes, labels, chance_purity(labels, codes.counts_S, n_permutations))
     figures, columns = purity_figures(pure, codes, labels, codes.counts_S)
-    chosen, best = selection(codes, labels, half_N)
+    halves = codes.part(half_N), codes.part(~half_N)  # sorted once, whatever the labels
+    chosen, best = selection(halves, labels, half_N, reading)
     generator = np.random.default_rng(0)
-    nulls = [selection(codes, labels.shuffled(generator), half_N)[0] for _ in range(n_shuffles)]
+    nulls = [selection(halves, labels.shuffled(generator), half_N, reading)[0] for _ in range(n_shuffles)]
     figures["selection"] = chosen | beside_null(nulls, "labels shuffled over images")
     figures |= {"labels": len(labels.names), "images": labels.n_images, "least_images": LEAST_IMAGES}
     named = {f"{name}:{labels.name}": column for name, column in (columns | best).items()}
@@ -258,13 +261,18 @@ def _by_images(columns: tuple[np.ndarray, ...], enough_S: np.ndarray, counts_S: 
 AVERAGED = ("auroc", "ap", "f1", "coverage", "purity", "R", "top16_purity")
 
 
-def selection(codes: KeptCodes, labels: LabelSet, half_N: np.ndarray) -> tuple[Figures, dict[str, np.ndarray]]:
-    """Each label's latent, of the largest average precision on one half, as it does on the other; and the reverse."""
-    halves = [(codes.part(half), labels.part(half)) for half in (half_N, ~half_N)]
+def selection(
+    codes: tuple[KeptCodes, KeptCodes], labels: LabelSet, half_N: np.ndarray, reading: Pass
+) -> tuple[Figures, dict[str, np.ndarray]]:
+    """Each label's latent, of the largest average precision on one half, as it does on the other; and the reverse.
+
+    codes: of both halves. labels: of all images. reading: counts the entries of codes.
+    """
+    halves = [(part, labels.part(half)) for part, half in zip(codes, (half_N, ~half_N))]
     if min(part.n_images for part, _ in halves) == 0:
         nothing = dict.fromkeys(AVERAGED, math.nan) | {"status": "too few images", "labels": 0}
         return nothing, {}
-    choosing, reporting = (label_scores(*half) for half in halves)
+    choosing, reporting = (label_scores(*half, reading) for half in halves)
     both_L = np.minimum(*(part.counts_L for _, part in halves)) > 0
     figures = _best_latents(choosing, reporting, halves[1], both_L)
     figures |= _one_latent(choosing, reporting, halves, both_L)

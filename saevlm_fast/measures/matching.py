@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 TOP_CANDIDATES = 32
+_GOLDEN = 0.6180339887498949
 
 
 def sparse_assignment(
@@ -41,13 +42,26 @@ def sparse_assignment(
 
 
 def top_of_groups(keys_M: np.ndarray, values_M: np.ndarray, n: int, ties_M: np.ndarray) -> np.ndarray:
-    """Places of the n largest values of each key, keys ascending, the largest first, ties to the lower of ties_M."""
-    order = np.lexsort((ties_M, -values_M, keys_M))
+    """Places of the n largest values of each key, keys ascending, the largest first, ties to the lower of ties_M.
+
+    keys_M: whole numbers from 0.
+    """
+    near = np.flatnonzero(~(values_M < _floors(keys_M, values_M, n)[keys_M])) if len(keys_M) else np.zeros(0, np.int64)
+    order = near[np.lexsort((ties_M[near], -values_M[near], keys_M[near]))]
     sorted_keys = keys_M[order]
     new = np.append(True, sorted_keys[1:] != sorted_keys[:-1]) if len(order) else np.zeros(0, bool)
     starts = np.flatnonzero(new)
     within = np.arange(len(order)) - (starts[np.cumsum(new) - 1] if len(order) else 0)
     return order[within < n]
+
+
+def _floors(keys_M: np.ndarray, values_M: np.ndarray, n: int) -> np.ndarray:
+    """By key, what its n-th largest value is not below: its values are dealt to n hands, and the lowest of the hands'
+    largest is it. Few are above, so that few have to be sorted; an empty hand excludes nothing."""
+    hands_M = (np.arange(len(keys_M)) * _GOLDEN % 1 * n).astype(np.int64)  # evenly, whatever order the keys are in
+    most = np.full((int(keys_M.max()) + 1) * n, -np.inf)
+    np.maximum.at(most, keys_M.astype(np.int64) * n + hands_M, values_M.astype(np.float64))
+    return most.reshape(-1, n).min(1)
 
 
 def row_of_entries(matrix: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saevlm_fast.errors import first_line
+from saevlm_fast.errors import first_line, while_writing
 from saevlm_fast.files import atomic_write, write_json_atomic
 from saevlm_fast.measures.results import PARTS_VERSION, Measured, plain
 
@@ -65,6 +65,11 @@ class Parts:
         if self.directory is None:
             return
         stem = self._stem(subject, measure)
+        kept = "measures that were finished before it are kept, and --resume goes on with them"
+        with while_writing(f"{measure} of {subject}", kept):
+            self._write(stem, measured, {"version": PARTS_VERSION, "key": key, "figures": plain(measured.figures)})
+
+    def _write(self, stem: Path, measured: Measured, document: dict[str, Any]) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         json_file = stem.with_name(f"{stem.name}.json")
         json_file.unlink(missing_ok=True)
@@ -73,7 +78,7 @@ class Parts:
             path.unlink(missing_ok=True)
             if columns:
                 write_columns(path, columns)
-        write_json_atomic(json_file, {"version": PARTS_VERSION, "key": key, "figures": plain(measured.figures)})
+        write_json_atomic(json_file, document)
 
     def _stem(self, subject: str, measure: str) -> Path:
         assert self.directory is not None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from saevlm_fast.data.label_sets import LabelSet
+from saevlm_fast.data.passes import Pass
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.labels import Chance, beside_null, counted_purity, purity, purity_figures, selection
@@ -52,23 +53,29 @@ def labels_of_patches(
     half_R, known_R = half_N[image_of_row], labels.known_N
     mine, theirs = codes.part(known_R), labels.part(known_R)
     exchanged = _exchanges(codes, labels, len(half_N), max(n_exchanges, n_shuffles), half_R)
+    reading = Pass(f"labels of patches {labels.name}", (1 + n_shuffles) * len(mine.acts_M), "entries")
     draws, nulls = [], []
     for time, (of_known, of_others, half) in enumerate(exchanged):
         if time < n_exchanges:
             draws.append(counted_purity(of_known, of_others))
         if time < n_shuffles:
-            nulls.append(selection(of_known, of_others, half)[0])
+            nulls.append(selection(_halves(of_known, half), of_others, half, reading)[0])
     # A latent on few patches may meet unknown ones alone: then it is worth what the most frequent label is.
     base = float(theirs.counts_L.max()) / max(theirs.n_images, 1)
     chance = Chance(np.nan_to_num(np.array(draws), nan=base), np.arange(codes.n_latents))
     images_S = images_of_latents(mine, image_of_row[known_R])
     figures, columns = purity_figures(purity(mine, theirs, chance), mine, theirs, images_S)
-    chosen, best = selection(mine, theirs, half_R[known_R])
+    half = half_R[known_R]
+    chosen, best = selection(_halves(mine, half), theirs, half, reading)
     figures["selection"] = chosen | beside_null(nulls, "masks exchanged between images")
     figures |= {"labels": len(labels.names), "patches": int(known_R.sum()), "left_out": int((~known_R).sum())}
     figures |= {"images": len(np.unique(image_of_row[known_R])), "chance_is": "masks exchanged between images"}
     named = columns | best | {"images": images_S}
     return Measured(figures, {f"{name}:{labels.name}": column for name, column in named.items()})
+
+
+def _halves(codes: KeptCodes, half_R: np.ndarray) -> tuple[KeptCodes, KeptCodes]:
+    return codes.part(half_R), codes.part(~half_R)
 
 
 def _exchanges(

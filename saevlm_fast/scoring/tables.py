@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, while_writing
 from saevlm_fast.files import atomic_write
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 
@@ -66,7 +66,7 @@ def scores_table(scores: Mapping[str, MonosemanticityScores], metadata: Mapping[
 def write_table(table: pa.Table, path: str | os.PathLike[str]) -> None:
     """Writes a table with schema metadata as write_scores does; a NaN of any column is null in JSON."""
     path = check_scores_path(path)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with while_writing("the table"), atomic_write(path) as temporary, open(temporary, "wb") as file:
         _write_table(table, path.suffix, file)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from saevlm_fast.data.parquet import open_table
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import first_line, require, while_writing
 from saevlm_fast.records import NUMBER, TEXT, Each, Fields, optional, read_record, whole, write_record
 
 CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
@@ -90,7 +90,8 @@ def scores_of_rows(rows: Sequence[Row], metadata: dict[str, str]) -> SteeringSco
 
 def write_block(path: Path, rows: Sequence[Row]) -> None:
     """Atomically."""
-    write_record(path, {"rows": list(rows)})
+    with while_writing("a block of latents", "blocks before it are whole, and resume (--resume) goes on after them"):
+        write_record(path, {"rows": list(rows)})
 
 
 def read_block(path: Path, latents: Sequence[int]) -> list[Row]:

@@ -13,7 +13,6 @@ step asks the host on its way (Stepper.can_be_captured), and where a capture fai
 Shape suffixes: B rows of a batch, D d_in.
 """
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import doubt, first_line, require
 from saevlm_fast.kernels.cpu_loops import when_compiling
 from saevlm_fast.runtime import exactly
 from saevlm_fast.training.step import StepOutput, Stepper
@@ -175,7 +174,7 @@ class CapturedSteps:
         except RuntimeError as error:
             self.capture = False
             self._graphs.clear()
-            warnings.warn(f"steps are not captured in a CUDA graph: {first_line(error)}", stacklevel=2)
+            doubt(f"steps are not captured in a CUDA graph: {first_line(error)}", UserWarning)
             return None
         self.n_captured += 1
         return _Captured(graph, output, addresses)

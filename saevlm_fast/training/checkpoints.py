@@ -23,7 +23,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from saevlm_fast.errors import Interrupted, first_line, require
+from saevlm_fast.errors import Interrupted, first_line, require, while_writing
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
@@ -239,11 +239,8 @@ class RunDirectory:
         """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         path = self.path / METRICS_FILE
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk: which file?
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        with self.writing("the log", path), open(path, "a") as file:
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
 
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Write a checkpoint if one is due.
@@ -302,7 +299,7 @@ class RunDirectory:
     ) -> None:
         tensors, sae = on_host()
         final.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(final) as directory:
+        with self.writing(f"the checkpoint {final.name}"), atomic_directory(final) as directory:
             sae.save_pretrained(directory)
             files = {STATE_FILE: write_state(directory / STATE_FILE, tensors, counts)}
             files |= {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -330,6 +327,12 @@ class RunDirectory:
         self.log(step, {LOSS: math.nan})
         return self.kept()
 
+    def writing(self, what: str, path: Path | None = None) -> AbstractContextManager[None]:
+        """Around what is written: a full disk leaves the newest checkpoint."""
+        last = latest_checkpoint(self.path)
+        kept = f"{last} is whole, from which resume (--resume) goes on once there is room" if last else ""
+        return while_writing(what, kept or "no checkpoint had been written", path)
+
     def _metrics_so_far(self) -> dict[str, Any]:
         """What the checkpoint remembers of the log, which must then be on the disk as well."""
         logged = b""
@@ -341,7 +344,8 @@ class RunDirectory:
 
     def save(self, sae: SparseAutoencoder) -> None:
         """The finished SAE; what the run replaces is removed."""
-        sae.save_pretrained(self.path)
+        with self.writing("the finished SAE"):
+            sae.save_pretrained(self.path)
         if self.path != self.output:
             publish(self.output, _remove_run)
             self.path = self.output

@@ -261,7 +261,9 @@ class OnePass:
             for sae_name, sae in _sized(saes, self.recipes, store.width).items():
                 whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
                 configs[whole] = sae, self.recipes[sae_name]
-            found.append((name, self._rows(store), configs))
+            rows = self._rows(store)
+            require(rows.n_rows > 1, f"images: one row of {name} in {rows.path}: there is nothing to learn")
+            found.append((name, rows, configs))
         return found
 
     def _capacity(self, rows: StreamedRows) -> int:

@@ -22,6 +22,7 @@ from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_rows
 from saevlm_fast.training.evaluated import EvaluatedRows, look_at
 from saevlm_fast.training.progress import ProgressLine
+from saevlm_fast.training.scale import check_several_rows
 from saevlm_fast.training.state import TrainingState
 from saevlm_fast.training.watch import Watch
 
@@ -143,7 +144,7 @@ def fitting(
     be.
     """
     train_on = activations_of(activations, "activations")
-    require(train_on.n_rows > 1, f"activations: {train_on.path} has one row: there is nothing to learn")
+    check_several_rows(train_on)
     held_out = None if validation is None else activations_of(validation, "validation")
     if held_out is not None:
         check_held_out(train_on, train_on if validation is activations else held_out)

@@ -81,6 +81,29 @@ def mean_of(batches: Iterable[Tensor]) -> Tensor:
     return (total_D / n_rows).float()
 
 
+def check_several_rows(activations: Activations) -> None:
+    """ValueError: a single row."""
+    require(activations.n_rows > 1, f"activations: {activations.path} has one row: there is nothing to learn")
+
+
+def check_rows_differ(activations: Activations) -> None:
+    """Reads as far as all rows are equal: a batch, of rows that are not.
+
+    Raises:
+        ValueError: a single row, or rows that are all equal.
+        ActivationError: NaN or infinity, naming the row.
+    """
+    check_several_rows(activations)
+    first_D = None
+    with closing(activations.chunks(_ROWS_AT_A_TIME)) as chunks:
+        for _, x_BD in chunks:
+            first_D = x_BD[0].clone() if first_D is None else first_D
+            if bool((x_BD != first_D).any()):
+                return
+    what = f"all {activations.n_rows:,} rows of {activations.path} are equal"
+    raise ValueError(f"activations: {what}: there is nothing to learn")
+
+
 def scale_of(batches: Iterable[Tensor], mean_D: Tensor | None, where: object) -> tuple[Scale, Tensor]:
     """The scale by some batches in raw units, and the first of them.
 

@@ -93,7 +93,7 @@ class SharedRunDirectory(RunDirectory):
             self._write_part(self.peers.share(), tensors, counts, state)
         else:
             final.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_directory(final) as directory:
+            with self.writing(f"the checkpoint {final.name}"), atomic_directory(final) as directory:
                 self.peers.share(directory)
                 shards = self._write_part(directory, tensors, counts, state)
                 record = counts | {"shards": shards, "metrics": self._metrics_so_far()}
@@ -111,7 +111,8 @@ class SharedRunDirectory(RunDirectory):
         """
         file, digest, said = shard_file(self.peers.rank, self.peers.world), "", ""
         try:
-            digest = write_state(directory / file, {name: t.cpu() for name, t in tensors.items()}, counts)
+            with self.writing("its part of a checkpoint"):
+                digest = write_state(directory / file, {name: t.cpu() for name, t in tensors.items()}, counts)
         except OSError as error:
             said = str(error)
         start, stop = state.latents

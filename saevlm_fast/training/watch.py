@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from saevlm_fast import __version__
-from saevlm_fast.errors import Doubt, Interrupted, first_line
+from saevlm_fast.errors import Interrupted, doubt, first_line
 from saevlm_fast.outputs import REPLACEMENT
 from saevlm_fast.records import TEXT, Fields, read_record, write_record
 from saevlm_fast.training import beside
@@ -122,7 +121,7 @@ class Watch:
             try:
                 return str(read_record(directory / WATCH_FILE, _WATCH)["name"])
             except (ValueError, OSError) as error:
-                _warn(f"log_to: {first_line(error)}; the run goes on under another name")
+                doubt(f"log_to: {first_line(error)}; the run goes on under another name")
         words = _words(called or _place(directory).name)
         name = f"{words}-{secrets.token_hex(4)}"
         if directory is not None:
@@ -147,7 +146,7 @@ class Watch:
         try:
             image = picture() if self._loggers else None
         except Exception as error:
-            _warn(f"log_to: no contact sheet could be made ({first_line(error)})")
+            doubt(f"log_to: no contact sheet could be made ({first_line(error)})")
             image = None
         if image is not None:
             self._each(lambda logger: logger.picture(step, PICTURE, image), "the contact sheet")
@@ -178,7 +177,7 @@ class Watch:
         for name, logger in list(self._loggers.items()):
             if logger.failure is not None:
                 self._leave(name)
-                _warn(f"log_to: {name} {logger.failure}; the run goes on without it")
+                doubt(f"log_to: {name} {logger.failure}; the run goes on without it")
 
     def _leave(self, name: str) -> None:
         if name in self._loggers:
@@ -245,7 +244,3 @@ def _place(directory: Path | None) -> Path:
         return Path("run")
     resolved = directory.absolute()
     return resolved.parent if resolved.name == REPLACEMENT else resolved
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, Doubt, stacklevel=3)

@@ -226,12 +226,13 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure.Inputs, "work", counting)
     told = run(*words(there, output, saes=2), code=130)
-    assert "interrupted; continue with the same command and --resume\n" in told
+    settings = output / "settings.toml"
+    assert f"interrupted; continue with: saevlm-fast evaluate --config {settings} --resume" in told.replace("\n", "")
     assert not (output / "evaluation.json").exists()
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()
     monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
-    run(*words(there, output, "--resume", saes=2))
+    run("evaluate", "--config", settings, "--resume")  # as it was told
     assert len(ran) == len(set(ran)), "nothing is made twice"
     ran.clear()
     run(*words(there, output, "--resume", saes=3))
@@ -241,6 +242,31 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
     both = [json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "unbroken")]
     assert both[0]["subjects"] == both[1]["subjects"]
     assert both[0]["table"] == both[1]["table"]
+
+
+def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
+    """Also where there was nothing to replace; what replaces goes on where it was, and the old stays until then."""
+    from saevlm_fast.measures import measure
+
+    output, original = tmp_path / "out", measure.Inputs.work
+
+    def interrupted(self, name, *more):
+        if name == "geometry":
+            raise Interrupted("interrupted")
+        return original(self, name, *more)
+
+    for place in (output, output / ".replacement"):
+        monkeypatch.setattr(measure.Inputs, "work", interrupted)
+        told = run(*words(there, output, "--force", "--labels", "none"), code=130).replace("\n", "")
+        again = f"saevlm-fast evaluate --config {place / 'settings.toml'} --resume"
+        assert told.endswith(f"interrupted; continue with: {again}")
+        assert (output / "evaluation.json").is_file() == (place != output)
+        same = run(*words(there, output, "--resume", "--labels", "none"), code=130).replace("\n", "")
+        assert same.endswith("interrupted; continue with the same command")
+        monkeypatch.undo()
+        run(*again.split()[1:])
+        assert (output / "evaluation.json").is_file()
+    assert not (output / ".replacement").exists()
 
 
 def test_a_damaged_part_is_made_anew(there, tmp_path):

@@ -222,7 +222,7 @@ def test_the_dtype_of_training_is_said_to_be_gone():
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    np.save(tmp_path / "x.npy", np.zeros((8, 4), np.float32))
+    np.save(tmp_path / "x.npy", np.eye(8, 4, dtype=np.float32))
     text = run("train", "--activations", tmp_path / "x.npy", "--output", tmp_path / "run", "--device", "cuda", code=2)
     assert text == "error: device: 'cuda' asked for, but torch sees no GPU\n"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from command import run
+from saevlm_fast.cli import terminal
 from saevlm_fast.cli.terminal import Bar
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
@@ -19,6 +20,14 @@ def score(data, *arguments):
     return run(
         "ms-score", "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy", *arguments
     )
+
+
+def test_best_and_worst_latents_fit_the_terminal(data, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal.out, "width", 80)
+    text = score(data, "--sae", sae, "--output", tmp_path / "s.parquet")
+    shown = text[text.index("best latents") : text.index("no untrained SAE")].splitlines()
+    assert len(shown) > 4
+    assert max(map(len, shown)) <= 80
 
 
 def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):

@@ -47,6 +47,21 @@ def test_a_bar_that_does_not_speak(lines):
     assert lines.getvalue() == ""
 
 
+def test_a_list_goes_on_below_where_the_terminal_is_narrow(monkeypatch):
+    items = [f"{number}: 0.{number:03} (1,234)" for number in range(1000, 1010)]
+    for width, n_lines in ((60, 6), (200, 2)):
+        text = io.StringIO()
+        monkeypatch.setattr(terminal, "out", terminal._Console(file=text, markup=False, width=width))
+        terminal.say_list("best latents (images it fires on)", items)
+        printed = text.getvalue().splitlines()
+        assert max(map(len, printed)) <= width
+        assert len(printed) == n_lines
+        assert printed[0].startswith("best latents (images it fires on)  1000: 0.1000 (1,234)")
+        assert " ".join(text.getvalue().split()).endswith(" ".join(items)), "none is broken"
+    terminal.say_list("none", [])
+    assert text.getvalue().endswith("none\n")
+
+
 def test_bars_of_names_are_seen_on_a_terminal_one_after_another(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "out", terminal._Console(file=shown, force_terminal=True, width=100))

@@ -1,7 +1,11 @@
 """saevlm-fast train."""
 
 import json
+import re
 import tomllib
+
+import numpy as np
+import pytest
 
 from command import run
 from saevlm_fast.sae import SparseAutoencoder
@@ -12,6 +16,31 @@ def test_resuming_says_that_there_was_nothing_to_continue(data, tmp_path):
         "train", "--activations", data / "activations.npy", "--output", tmp_path / "run", "--resume",
         "--steps", 3, "--batch-size", 8, "--expansion", 2, "--k", 2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--k", "2,3"), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.ones((1, 8)), "has one row"),
+        (np.ones((9000, 8)), "all 9,000 rows of .* are equal"),
+        (np.zeros((9, 8)), "equal"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_before_anything_is_said(rows, message, more, tmp_path):
+    np.save(tmp_path / "x.npy", rows.astype(np.float32))
+    given = ("--activations", tmp_path / "x.npy", "--steps", 2, "--batch-size", 4, "--output", tmp_path / "out")
+    text = " ".join(run("train", *given, *more, code=2).split())
+    assert re.fullmatch(f"error: activations: .*{message}.*: there is nothing to learn", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_which_one_differs_are_trained_on(tmp_path):
+    rows = np.ones((9000, 8), np.float32)
+    rows[-1] = 2
+    np.save(tmp_path / "x.npy", rows)
+    given = ("--activations", tmp_path / "x.npy", "--steps", 2, "--batch-size", 4)
+    assert run("train", *given, "--output", tmp_path / "out", "--dry-run").startswith("dry run")
 
 
 def test_matryoshka_with_groups(data, tmp_path):

@@ -5,13 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from codes_and_labels import latents_of_classes
 
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data import passes
 from saevlm_fast.data.digests import CheckedFiles
+from saevlm_fast.data.label_sets import halves
 from saevlm_fast.data.passes import Pass, told_of_passes
 from saevlm_fast.files import sha256_file
+from saevlm_fast.measures.labels import labels_of_latents
 from saevlm_fast.training.run import train
 
 
@@ -36,7 +39,10 @@ def test_only_what_takes_long_is_spoken_of(clock):
         for _ in range(10):
             clock[0] += 1
             reading.add(100)
-    assert said == ["reading x: 200 of 1,000 rows, 8 s left", "reading x: 700 of 1,000 rows, 3 s left"]
+    assert said == [
+        "reading x: 200 of 1,000 rows, 8 s left at 100.0 rows/s",
+        "reading x: 700 of 1,000 rows, 3 s left at 100.0 rows/s",
+    ]
     clock[0] += 10
     Pass("nothing yet", 2, "rows").add(0)
     Pass("reading y", 2, "rows").add(1)
@@ -69,6 +75,19 @@ def test_a_store_that_is_compared(tmp_path, at_once):
         CheckedFiles(files, digests).check_shared(0, lambda value: [value])
     each = [f"comparing {tmp_path} with its digests: {n} of 6 files" for n in range(1, 6)]
     assert [text.rpartition(",")[0] for text in said] == each * 2
+
+
+def test_the_latents_of_labels_are_such_a_pass(at_once):
+    """Of the labels and of those that are shuffled, all of them counted."""
+    codes, labels = latents_of_classes()
+    said = []
+    with told_of_passes(said.append):
+        labels_of_latents(codes, labels, halves([str(i) for i in range(labels.n_images)]), n_shuffles=3)
+    n = len(codes.acts_M)
+    counted = [int(text.removeprefix("labels labels: ").partition(" of ")[0].replace(",", "")) for text in said]
+    assert all(f" of {4 * n:,} entries, " in text and text.endswith(" entries/s") for text in said)
+    assert counted == sorted(counted)
+    assert len(counted) == 7, "two halves of four selections; of the last one nothing is left"
 
 
 def test_commands_and_notebooks_say_it(tmp_path, at_once, capsys):

@@ -3,6 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -40,6 +42,53 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
     with pytest.raises(ValueError, match=message):
         write()
     assert read_index(tmp_path / "s").n_rows == 0
+
+
+@pytest.mark.parametrize(
+    "numbers", [[1, 2], np.array([1, 2]), torch.tensor([1, 2]), pa.array([1, 2]), [1, "2"], [np.int64(1), "2"]]
+)
+def test_names_and_labels_may_be_whole_numbers(tmp_path, numbers):
+    items = {"image": numbers, "token": np.array([0, 0]), "label": numbers}
+    with ActivationWriter(tmp_path / "s", 5, torch.float32, {}) as writer:
+        writer.append(rows_of(2), items)
+    found = open_activations(tmp_path / "s").items()
+    assert found["image"].to_pylist() == found["label"].to_pylist() == ["1", "2"]
+
+
+@pytest.mark.parametrize("wrong", [[1.5, 2.5], [True, False], [("a",), ("b",)]])
+def test_a_store_whose_first_rows_are_refused_is_not_left_behind(tmp_path, wrong):
+    """It would be in the way of the next try."""
+    (tmp_path / "s").mkdir()
+    for _ in range(2):
+        with (
+            pytest.raises(ValueError, match="items do not fit"),
+            ActivationWriter(tmp_path / "s", 5, torch.float32, {}) as writer,
+        ):
+            writer.append(rows_of(2), {"image": wrong, "token": [0, 0]})
+        assert not list((tmp_path / "s").iterdir())
+
+
+def test_a_store_with_rows_or_with_other_writers_stays(tmp_path):
+    def fail(path, *befores):
+        with ActivationWriter(path, 5, torch.float32, {}, 2) as writer:
+            for before in befores:
+                before(writer)
+            raise ValueError("mine")
+
+    def part(writer):
+        ActivationWriter.resume(writer.path, part=1).write_shard(0, rows_of(2), items_of(0, 2))
+
+    def other(writer):
+        ActivationWriter.resume(writer.path, 2).append(rows_of(2), items_of(0, 2))
+
+    for name, before, n_rows in (
+        ("rows", lambda writer: writer.append(rows_of(3), items_of(0, 3)), 2),
+        ("part", part, 0),
+        ("other", other, 2),
+    ):
+        with pytest.raises(ValueError, match="mine"):
+            fail(tmp_path / name, before)
+        assert read_index(tmp_path / name).n_rows == n_rows
 
 
 def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):

@@ -130,7 +130,10 @@ def test_too_small_a_disk_is_refused_before_the_images(tmp_path, tower, monkeypa
     with pytest.raises(ValueError, match=r"^output: what is left to write takes \S+ kB, and 2\.0 kB are free on"):
         sf.harvest(tower, SCENES, **given)
     assert not list(tmp_path.rglob("shard-*"))
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 12 * 128 * 4))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 12 * 128 * 4 + 500))
+    with pytest.raises(ValueError, match=r"^output: what is left to write takes"):
+        sf.harvest(tower, SCENES, **given)  # rows alone would fit
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 12 * 128 * 4 + 5_000))
     sf.harvest(tower, SCENES, **given)
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 0))
     sf.harvest(tower, SCENES, **given, resume=True)  # all is there

@@ -89,6 +89,62 @@ def test_a_number_that_is_none_is_no_label(tmp_path):
     assert text.names == ("a", "b", "nan")
 
 
+def test_a_column_without_a_label_is_left_out(tmp_path):
+    """Forty attributes are not refused for one; NaN stands in CSV files too."""
+    import pyarrow as pa
+
+    from saevlm_fast.data.label_sets import read_labels
+
+    nothing = pa.array([np.nan, np.nan, np.nan])
+    columns = {"image": ["x", "y", "z"], "young": nothing, "smiles": [0, 1, 1], "hat": nothing}
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    (tmp_path / "l.csv").write_text("image,young,smiles,hat\nx,nan,0,\ny,NaN,1,\nz,,1,\n")
+    for name in ("l.parquet", "l.csv"):
+        told = f"{name}: left out, as no image has a label in it: young, hat"
+        with pytest.warns(Doubt, match=told) as warned:
+            (smiles,) = read_labels(tmp_path / name, ["x", "y", "z"])
+        assert (smiles.name, smiles.names, smiles.labels_M.tolist()) == ("smiles", ("0", "1"), [0, 1, 1])
+        assert warned[0].filename == __file__, "the user's line, not a decorator's"
+    (tmp_path / "l.csv").write_text("image,young,hat\nx,nan,\ny,nan,\n")
+    with pytest.raises(ValueError, match=r"l\.csv: no image has a label in young, hat"):
+        read_labels(tmp_path / "l.csv", ["x", "y"])
+    (tmp_path / "l.csv").write_text("image,name\nx,nan\ny,ann\n")
+    assert read_labels(tmp_path / "l.csv", ["x", "y"])[0].names == ("ann", "nan"), "among texts it is one"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [-1, 0, 3, -1],
+        np.array([-1, 0, 3, -1]),
+        torch.tensor([-1, 0, 3, -1]),
+        ["-1", "0", "-1"],
+        [[-1, 0], 3, -1],
+    ],
+)
+def test_a_mark_of_what_is_not_labelled_is_no_class(labels):
+    told = "labels: kind: -1 on 2 images is below 0, .* None where nothing is known of an image .* a class a name"
+    with pytest.raises(ValueError, match=told):
+        LabelSet.of(labels, "kind")
+    with pytest.raises(ValueError, match="-100 on 1 images"):
+        LabelSet.of([-100, 0, 1])
+
+
+def test_an_attribute_may_be_minus_one():
+    """As CelebA's list has them."""
+    assert LabelSet.of([-1, 1, 1]).names == ("-1", "1")
+    assert LabelSet.of(["-1.0", "1.0", None]).names == ("-1.0", "1.0")
+    assert LabelSet.of(["-1 degrees", "left-1"]).names == ("-1 degrees", "left-1")
+
+
+def test_a_mark_in_a_file_is_told_with_its_column(tmp_path):
+    from saevlm_fast.data.label_sets import read_labels
+
+    (tmp_path / "l.csv").write_text("image,smiles,kind\nx,-1,-1\ny,1,0\nz,1,\n")
+    with pytest.raises(ValueError, match=r"labels: .*l\.csv: kind: -1 on 1 images .*an empty cell"):
+        read_labels(tmp_path / "l.csv", ["x", "y", "z"])
+
+
 def test_an_empty_label_is_none():
     found = LabelSet.of(["", "a", ["", "b"], None])
     assert (found.names, found.known_N.tolist()) == (("a", "b"), [True, True, True, False])

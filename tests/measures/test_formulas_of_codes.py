@@ -17,7 +17,7 @@ from saevlm_fast.measures import geometry as geometry_module
 from saevlm_fast.measures import uniqueness as uniqueness_module
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.geometry import Side, cofiring, compare, nearest, phi_of
-from saevlm_fast.measures.matching import sparse_assignment
+from saevlm_fast.measures.matching import sparse_assignment, top_of_groups
 from saevlm_fast.measures.monosemanticity import monosemanticity
 from saevlm_fast.measures.separation import matched_mean, separation
 from saevlm_fast.measures.uniqueness import uniqueness
@@ -64,6 +64,25 @@ def test_shared_images_of_all_pairs(levels, most, monkeypatch):
     redundant = [any(c / (16 - c) > 0.5 for pair, c in shared.items() if latent in pair) for latent in sets]
     assert found.figures["redundant_share"] == pytest.approx(np.mean(redundant))
     assert found.figures["distinct_images_share"] == pytest.approx(len(set.union(*sets.values())) / (8 * len(sets)))
+
+
+@given(seed=st.integers(0, 1000), n_keys=st.integers(1, 9), n=st.integers(1, 6), n_values=st.integers(1, 40))
+def test_the_largest_of_groups(seed, n_keys, n, n_values):
+    """As a sort of everything has them, whatever the order of keys, with ties and infinities."""
+    generator = np.random.default_rng(seed)
+    for keys in (generator.integers(0, n_keys, 60), np.arange(60) % n_keys, np.sort(generator.integers(0, n_keys, 60))):
+        values = np.append(generator.integers(0, n_values, 58).astype(np.float64), [-np.inf, np.inf])
+        ties = generator.permutation(60)
+        order = np.lexsort((ties, -values, keys))
+        wanted = np.concatenate([order[keys[order] == key][:n] for key in np.unique(keys)])
+        assert top_of_groups(keys, values, n, ties).tolist() == wanted.tolist()
+    assert not len(top_of_groups(keys[:0], values[:0], n, ties[:0]))
+
+
+@given(st.integers(0, 1000), st.integers(1, 5))
+def test_the_order_by_activation(seed, levels):
+    codes = KeptCodes.of_dense(random_codes(30, 12, seed=seed, levels=levels))
+    assert codes.order_M.tolist() == np.lexsort((codes.images_M, -codes.acts_M, codes.latents_M)).tolist()
 
 
 @settings(max_examples=20)

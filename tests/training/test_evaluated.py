@@ -94,7 +94,9 @@ def test_the_command_says_on_what_it_evaluated(tmp_path, monkeypatch, many):
     ks = "2,3" if many else 2
     text = run("train", *given, "--k", ks, "--output", tmp_path / "out")
     assert "evaluation 500/500 rows" in text
-    assert many or "evaluation on 500 training rows, evenly spread over 2,000" in text
+    assert "evaluation on 500 training rows, evenly spread over 2,000" in text
+    whole = run("train", *given, "--k", ks, "--steps", 40, "--output", tmp_path / "whole")
+    assert "evaluation on all 2,000 training rows" in whole
     if not many:
         found = run_json("train", *given, "--k", 2, "--steps", 40, "--output", tmp_path / "more")
         assert found["evaluation"]["rows"] == 2000

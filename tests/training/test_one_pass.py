@@ -262,6 +262,16 @@ def test_what_is_refused(tower, photos, run):
         train_from_images(tower, photos, ONE, TrainConfig(steps=2), stream=StreamSettings(), layer=2)
 
 
+def test_one_row_of_one_image_teaches_nothing(tower, photos, tmp_path):
+    sizes, more = {"": SAESize(expansion=2, k=2)}, {"steps": 2, "batch_size": 4, "layer": 1}
+    image = next(photos.rglob("*.png"))
+    with pytest.raises(ValueError, match=r"^images: one row of residual-1-cls in .*: there is nothing to learn$"):
+        train_from_images(tower, [image], sizes, output=tmp_path / "run", **more)
+    assert not (tmp_path / "run").exists()
+    trained = train_from_images(tower, [image], sizes, tokens="patches", **more)[""]
+    assert trained.metrics["rows"] > 1, "patches of one image are several rows"
+
+
 def test_buffers_of_bytes_rows_and_batches():
     for text, rows in (("64 batches", 64 * 100), ("300", 300), ("300 rows", 300), ("1MiB", 1024), ("2 GiB", 5000)):
         assert StreamSettings(buffer=text).buffer_rows(100, 1024, 5000 if "G" in text else 10**9) == rows

@@ -285,7 +285,7 @@ def test_a_rank_without_room_is_what_all_ranks_tell_of(matrix, tmp_path, monkeyp
     monkeypatch.setattr(sharded_directory, "write_state", written)
 
     def work(peers):
-        with pytest.raises(OSError, match=r"^rank 0: \[Errno 28\] No space left on device"):
+        with pytest.raises(OSError, match=r"^rank 0: .*: No space left on device, while its part of a checkpoint"):
             train_shared(peers, open_activations(matrix), sae_config(), CONFIG, options(tmp_path / "run"))
 
     together(2, work)

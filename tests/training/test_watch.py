@@ -125,6 +125,7 @@ def test_a_logger_that_fails_warns_once_and_the_run_is_the_same(recorded, tmp_pa
     with pytest.warns(Doubt) as warned:
         sae, _ = run(tmp_path / "run")
     (text,) = [str(each.message) for each in warned]
+    assert warned[0].filename == __file__, "who called train"
     assert text.startswith("log_to: wandb failed at ")
     assert f"RuntimeError: no {breaks} today)" in text
     assert bool((sae.W_enc == plain.W_enc).all())
