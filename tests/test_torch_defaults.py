@@ -243,7 +243,8 @@ for architecture, k in ("topk", 3), ("batch_topk", 3), ("matryoshka", 3), ("relu
             sf.score(x, e, own, similarity=similarity, device="cuda")
     sf.top_images(x, [0], 3, sae)
 """
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 

@@ -43,7 +43,8 @@ class Removal:
     def apply(self, units: Latents, x_ND: Tensor, values: Callable[[Tensor], Tensor], scale: Tensor | None) -> Tensor:
         """The stream without it. values: of latents, [N, K], as the SAE has them."""
         if self.latents_K is not None:
-            change_ND = values(self.latents_K) @ units.directions(self.latents_K)
+            latents_K = self.latents_K.to(x_ND.device)
+            change_ND = values(latents_K) @ units.directions(latents_K)
             return x_ND - (change_ND if scale is None else change_ND * scale)
         assert self.directions_KD is not None
         assert self.mean_D is not None
