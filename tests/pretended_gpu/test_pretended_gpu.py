@@ -1,0 +1,158 @@
+"""The pretended GPU: it computes what the CPU does, and finds what a GPU would not forgive."""
+
+import sys
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("pretended_gpu.install" not in sys.modules, reason="bash tests/on_pretended_gpu.sh"),
+]
+
+
+@pytest.fixture
+def other():
+    torch.cuda.synchronize()
+    yield torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def race():
+    from pretended_gpu.work import RaceError
+
+    return RaceError
+
+
+def captured():
+    return torch.cuda.graph(torch.cuda.CUDAGraph())
+
+
+def test_values_and_gradients_are_those_of_the_cpu():
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cpu", "cuda"):
+        t = x.to(device).detach().requires_grad_()
+        y = torch.where(t > 0, t, 2).pow(3)[[0, 2], 1:].sum() + torch.logsumexp(t @ t.T, 1).mean() % 7
+        y.backward()
+        found.append((y.detach().cpu(), t.grad.cpu(), (t[t > 0] * 3).sort().values.detach().cpu()))
+    for expected, there in zip(*found):
+        torch.testing.assert_close(there, expected)
+
+
+def test_tensors_of_the_host_beside_those_of_the_device_are_refused():
+    there, here = torch.ones(4, device="cuda"), torch.ones(4)
+    for mixed in (lambda: there + here, lambda: here[torch.zeros(2, dtype=torch.long, device="cuda")]):
+        with pytest.raises(RuntimeError, match="others on the GPU"):
+            mixed()
+    assert float((there + torch.tensor(2.0)).sum()) == 12
+
+
+def test_a_graph_computes_when_it_is_replayed_and_not_before():
+    total, x = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total += x
+        doubled = total * 2
+    assert total.tolist() == [0, 0, 0]
+    assert doubled.tolist() != [2, 2, 2]
+    for n in (1, 2):
+        graph.replay()
+        assert total.tolist() == [n] * 3
+        assert doubled.tolist() == [2 * n] * 3
+    x.fill_(5)
+    graph.replay()
+    assert total.tolist() == [7, 7, 7]
+
+
+def test_what_waits_is_refused_within_a_capture():
+    x = torch.ones(3, device="cuda")
+    for waits in (x.sum().item, x.nonzero, x.cpu, lambda: x[x > 0], lambda: torch.ones(3).to("cuda")):
+        with captured(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            waits()
+
+
+def test_launches_of_two_streams_are_in_order_only_by_events(other, race):
+    x = torch.zeros(8, device="cuda")
+    with torch.cuda.stream(other), pytest.raises(race, match=r"add_.* writes .* before or after (fill_|zero_)"):
+        x.add_(1)
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x.add_(1)
+    with pytest.raises(race, match=r"sum.* on stream 0x0 reads"):
+        x.sum()
+    torch.cuda.current_stream().wait_stream(other)
+    assert float(x.sum()) == 8
+
+
+def test_two_streams_may_write_beside_each_other_and_read_the_same(other):
+    x, y = torch.zeros(8, device="cuda"), torch.ones(4, device="cuda")
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x[:4].add_(y)
+    x[4:].add_(y)
+    torch.cuda.current_stream().wait_stream(other)
+    assert float(x.sum()) == 8
+
+
+def test_memory_that_another_stream_still_uses_is_given_to_nobody(other, race):
+    """Without record_stream the allocator hands it out again at once."""
+    x = torch.ones(1000, device="cuda")
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x.sum()
+    del x
+    with pytest.raises(race):
+        torch.ones(1000, device="cuda")
+
+
+def test_a_stream_that_a_graph_does_not_wait_for_is_found(other, race):
+    x = torch.zeros(3, device="cuda")
+    capture = captured()
+    capture.__enter__()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x.add_(1)
+    with pytest.raises(race, match="does not wait for"):
+        capture.__exit__(None, None, None)
+
+
+def test_pinned_memory_is_read_and_written_after_its_copy_alone(race):
+    x, pinned = torch.arange(4.0, device="cuda"), torch.empty(4, pin_memory=True)
+    pinned.copy_(x, non_blocking=True)
+    assert pinned.tolist() != [0, 1, 2, 3]
+    torch.cuda.current_stream().synchronize()
+    assert pinned.tolist() == [0, 1, 2, 3]
+    x.copy_(pinned, non_blocking=True)
+    pinned[2] = 9
+    with pytest.raises(race, match="was written before its copy was over"):
+        torch.cuda.current_stream().synchronize()
+
+
+def test_an_event_is_over_when_it_has_been_waited_for():
+    x, pinned = torch.ones(4, device="cuda"), torch.empty(4, pin_memory=True)
+    pinned.copy_(x, non_blocking=True)
+    event = torch.cuda.current_stream().record_event()
+    assert not event.query()
+    assert pinned.tolist() != [1, 1, 1, 1]
+    event.synchronize()
+    assert event.query()
+    assert pinned.tolist() == [1, 1, 1, 1]
+
+
+def test_a_kernel_that_leaves_its_arguments_is_found():
+    import triton
+    import triton.language as tl
+    from pretended_gpu.triton_kernels import OutOfBoundsError
+    from triton.runtime.errors import InterpreterError
+
+    @triton.jit
+    def ones(ptr, n, BLOCK: tl.constexpr):
+        tl.store(ptr + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) < n)
+
+    x = torch.zeros(5, device="cuda")
+    ones[(1,)](x, 5, BLOCK=8)
+    assert float(x.sum()) == 5
+    with pytest.raises((InterpreterError, OutOfBoundsError), match="is in none of"):
+        ones[(1,)](x, 6, BLOCK=8)

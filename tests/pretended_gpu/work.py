@@ -1,0 +1,262 @@
+"""The pretended device: what launches read and write, what is in order with what, captured graphs, pinned memory.
+
+A launch is done at once. What a GPU would have been free to do otherwise is found by clocks (Lamport, 1978): every
+stream knows up to which launch of every other one it has waited, and so does the host. Of two launches that touch the
+same bytes, and one writes, the later must have waited for the earlier, or a RaceError names them.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+POISON = 0xAB  # in memory that holds nothing yet
+Clock = dict[int, int]  # of a stream: launches that are known to be over
+
+
+class RaceError(AssertionError):
+    """Nothing says which of two launches comes first, or the host does not wait for a copy."""
+
+
+class Access(NamedTuple):
+    """Bytes that a launch touches, from one address to before another."""
+
+    begin: int
+    end: int
+    writes: bool
+
+    def __str__(self) -> str:
+        return f"{'writes' if self.writes else 'reads'} {self.begin:#x} to {self.end:#x}"
+
+    def conflicts(self, other: "Access") -> bool:
+        return (self.writes or other.writes) and self.begin < other.end and other.begin < self.end
+
+
+class Copy(NamedTuple):
+    """Between the device and pinned memory, on its way: until the stream's launch of this number is over.
+
+    It holds the pinned tensor: torch's allocator gives that memory to nobody meanwhile, either.
+    """
+
+    stream: int
+    number: int
+    pinned: Tensor
+    value: Tensor  # what comes to the pinned memory, or what must stay there meanwhile
+
+
+@dataclass
+class Graph:
+    """What a torch.cuda.CUDAGraph has captured."""
+
+    stream: int
+    runs: list[Callable[[], Any]] = field(default_factory=list)
+    accesses: dict[Access, None] = field(default_factory=dict)
+    before: list[tuple[int, Tensor]] = field(default_factory=list)  # bytes that capturing has changed, by address
+    made: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Device:
+    def __init__(self) -> None:
+        self.launches = 0
+        self._lock = threading.RLock()
+        self._streams: dict[int, Clock] = {}
+        self._host: Clock = {}  # one for all threads: what hands work between them is taken to wait
+        self._events: dict[int, Clock] = {}
+        self._queries: dict[int, int] = {}
+        self._open: dict[int, dict[Access, tuple[int, str]]] = {}  # of a stream, unknown to the host
+        self._coming: list[Copy] = []
+        self._lent: list[Copy] = []
+        self._graphs: dict[int, Graph] = {}  # by the number of a capture, while it goes on
+        self._capture_of = ctypes.CDLL(None).pretended_capture
+        self._capture_of.argtypes, self._capture_of.restype = [ctypes.c_void_p], ctypes.c_ulonglong
+
+    # --- launches ----------------------------------------------------------------------------------------------------
+
+    def launch(self, name: str, accesses: list[Access], run: Callable[[], Any], made: list[Tensor]) -> Any:
+        """Does it in its stream's order, and keeps it if that captures. made: where `run` puts the tensors it makes."""
+        with self._lock:
+            self._in_order(name, accesses)
+            graph = self._capturing()
+            if graph is None:
+                return run()
+            graph.before += [(a.begin, bytes_at(a.begin, a.end).clone()) for a in accesses if a.writes]
+            result = run()
+            graph.runs.append(run)
+            graph.made += map(extent, made)
+            graph.accesses |= dict.fromkeys([*accesses, *(Access(*extent(t), True) for t in made if t.numel())])
+            return result
+
+    def launch_kernel(self, name: str, arguments: list[Tensor], run: Callable[[], list[Access]]) -> None:
+        """As launch; `run` tells what it has touched of its arguments."""
+        with self._lock:
+            graph = self._capturing()
+            spans = {extent(t) for t in arguments if t.numel()} if graph else set()
+            before = [(begin, bytes_at(begin, end).clone()) for begin, end in spans]
+            accesses = run()
+            self._in_order(name, accesses)
+            if graph is not None:
+                graph.before += before
+                graph.runs.append(run)
+                graph.accesses |= dict.fromkeys(accesses)
+
+    def _in_order(self, name: str, accesses: Iterable[Access]) -> None:
+        """RaceError: a launch of another stream that this one has not waited for touches the same."""
+        stream = current_stream()
+        clock = self._clock(stream)
+        for other in self._open.keys() - {stream}:
+            known = clock.get(other, 0)
+            for earlier, (number, other_name) in self._open[other].items():
+                for access in accesses if number > known else ():
+                    if access.conflicts(earlier):
+                        raise RaceError(
+                            f"{name} on stream {stream:#x} {access}, and nothing says whether before or after"
+                            f" {other_name} on stream {other:#x}, which {earlier}"
+                        )
+        self.launches += 1
+        clock[stream] = clock.get(stream, 0) + 1
+        self._open.setdefault(stream, {}).update(dict.fromkeys(accesses, (clock[stream], name)))
+
+    def _clock(self, stream: int) -> Clock:
+        """What the host knows comes first for all that it launches."""
+        clock = self._streams.setdefault(stream, {})
+        merge(clock, self._host)
+        return clock
+
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    def record(self, event: int, stream: int) -> None:
+        with self._lock:
+            self._events[event] = dict(self._clock(stream))
+            self._queries[event] = 0
+
+    def stream_waits(self, event: int, stream: int) -> None:
+        with self._lock:
+            merge(self._clock(stream), self._events.get(event, {}))
+
+    def host_waits(self, event: int) -> None:
+        with self._lock:
+            self._host_knows(self._events.get(event, {}))
+
+    def host_waits_for_stream(self, stream: int | None = None) -> None:
+        """The current one, if none is named."""
+        with self._lock:
+            self._host_knows(self._clock(current_stream() if stream is None else stream))
+
+    def host_waits_for_all(self) -> None:
+        self.must_not_capture("a wait for the device")
+        with self._lock:
+            for clock in list(self._streams.values()):
+                self._host_knows(clock)
+
+    def is_over(self, event: int) -> bool:
+        """Not yet, when it is asked for the first time."""
+        with self._lock:
+            clock = self._events.get(event, {})
+            self._queries[event] = self._queries.get(event, 0) + 1
+            if self._queries[event] > 1:
+                self._host_knows(clock)
+            return all(number <= self._host.get(stream, 0) for stream, number in clock.items())
+
+    def _host_knows(self, clock: Clock) -> None:
+        merge(self._host, clock)
+        for stream, launches in self._open.items():
+            over = self._host.get(stream, 0)
+            self._open[stream] = {access: launch for access, launch in launches.items() if launch[0] > over}
+        coming, self._coming = self._split(self._coming)
+        lent, self._lent = self._split(self._lent)
+        for copy in coming:
+            copy.pinned.copy_(copy.value)
+        for copy in lent:
+            if not torch.equal(bytes_at(*extent(copy.pinned)), copy.value):
+                raise RaceError(f"pinned memory [{len(copy.value)} bytes] was written before its copy was over")
+
+    def _split(self, copies: list[Copy]) -> tuple[list[Copy], list[Copy]]:
+        """Those that are over, and the others."""
+        over = [copy for copy in copies if copy.number <= self._host.get(copy.stream, 0)]
+        return over, [copy for copy in copies if copy.number > self._host.get(copy.stream, 0)]
+
+    # --- pinned memory -----------------------------------------------------------------------------------------------
+
+    def comes_to(self, pinned: Tensor, value: Tensor) -> None:
+        """The host reads poison there until it has waited for the launch before this call."""
+        stream = current_stream()
+        if pinned.numel():
+            bytes_at(*extent(pinned)).fill_(POISON)
+        self._coming.append(Copy(stream, self._streams[stream][stream], pinned.detach(), value))
+
+    def is_lent(self, pinned: Tensor) -> None:
+        """The host writes nothing there until it has waited for the launch before this call."""
+        if pinned.numel():
+            stream, value = current_stream(), bytes_at(*extent(pinned)).clone()
+            self._lent.append(Copy(stream, self._streams[stream][stream], pinned.detach(), value))
+
+    # --- graphs ------------------------------------------------------------------------------------------------------
+
+    def _capturing(self) -> Graph | None:
+        return self._graphs.get(self._capture_of(current_stream()))
+
+    def must_not_capture(self, what: str) -> None:
+        """RuntimeError while the current stream captures, as CUDA raises."""
+        if self._capturing() is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+
+    def begin_capture(self) -> Graph:
+        stream = current_stream()
+        graph = self._graphs[self._capture_of(stream)] = Graph(stream)
+        return graph
+
+    def end_capture(self, graph: Graph) -> None:
+        """RaceError: a stream that has joined is not waited for. Capturing computes nothing: what it did is undone."""
+        with self._lock:
+            self._graphs = {number: each for number, each in self._graphs.items() if each is not graph}
+            for begin, value in reversed(graph.before):
+                bytes_at(begin, begin + len(value)).copy_(value)
+            for begin, end in graph.made:
+                if begin < end:
+                    bytes_at(begin, end).fill_(POISON)
+            graph.before = []
+            self._host_knows(self._clock(graph.stream))
+            for stream, launches in self._open.items():
+                for access, (_, name) in launches.items():
+                    if access in graph.accesses:
+                        raise RaceError(f"a graph is captured, and does not wait for {name} on stream {stream:#x}")
+
+    def replay(self, graph: Graph) -> None:
+        with self._lock:
+            self._in_order("a graph", graph.accesses)
+            for run in graph.runs:
+                run()
+
+
+def current_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def merge(clock: Clock, other: Clock) -> None:
+    for stream, number in other.items():
+        clock[stream] = max(number, clock.get(stream, 0))
+
+
+def extent(t: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and behind its last; 0, 0 of an empty one."""
+    if t.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def bytes_at(begin: int, end: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_char * (end - begin)).from_address(begin), dtype=torch.uint8)
+
+
+def as_host(t: Tensor) -> Tensor:
+    """A tensor of the device as one of the CPU, in the same memory."""
+    if not t.is_cuda:
+        return t
+    if t.numel() == 0:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+    return bytes_at(*extent(t)).view(t.dtype).as_strided(t.shape, t.stride())
