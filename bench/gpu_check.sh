@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What needs a GPU, offline from a plain checkout, in nine minutes: the tests marked gpu, the kernel tests with compiled
-# kernels (elsewhere they run in Triton's interpreter), the demo and ranks side by side, and then the benches, one after
-# the other, goals first: steps by their kernels, whole runs, peers, scores, pairs, a harvest, steps of every other kind,
-# an eager run, single operations in what is left of the time.
+# kernels (elsewhere they run in Triton's interpreter), every command, the demo and ranks side by side, and then the
+# benches, one after the other, goals first: steps by their kernels, whole runs, peers, scores, pairs, a harvest, steps
+# of every other kind, an eager run, single operations in what is left of the time.
 #   bench/gpu_check.sh [STEP ...]           all steps, or some of those below; results in $OUT, or bench/results/DEVICE
 #   OUT=F bench/gpu_check.sh combine A B    what several calls have left in A and B, put together in F; needs no GPU
 # It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz; the last two grow with every step, so that of a
@@ -112,7 +112,9 @@ if compgen -G "$site/*.whl" >/dev/null; then # beside the tests: with their byte
     { "$python" -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$PEERS"/*.whl \
         >"$work/logs/peers_install.log" 2>&1 || echo "peers: their wheels were not installed" | tee -a "$summary"; } &
 fi
-step gpu_tests 150 "${pytest[@]}" tests "${workers[@]}" -m gpu &
+on_gpu=(tests/cli/test_on_a_gpu.py tests/training/test_short_runs_on_a_gpu.py)
+step gpu_tests 150 "${pytest[@]}" tests "${workers[@]}" -m gpu "${on_gpu[@]/#/--ignore=}" &
+step commands 150 "${pytest[@]}" "${on_gpu[@]}" -m gpu &
 step kernel_tests 150 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
 step demo 120 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
 n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")

@@ -8,7 +8,6 @@ everywhere (docs/decisions.md).
 
 import ctypes
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -19,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from saevlm_fast.errors import doubt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -62,7 +63,7 @@ def _watch(cache: Any) -> None:
     load, save = cache.load_overload, cache.save_overload
 
     def forget(error: Exception) -> None:
-        warnings.warn(f"Numba's cache of a loop fails, so it is compiled anew: {error!r}", stacklevel=2)
+        doubt(f"Numba's cache of a loop fails, so it is compiled anew: {error!r}", UserWarning)
         with suppress(OSError):
             os.unlink(cache._cache_file._index_path)
 
@@ -100,7 +101,7 @@ def numba_is_here() -> bool:
         from numba.core import config
     except (ImportError, OSError, SystemError, AttributeError) as error:
         if getattr(error, "name", None) not in ("numba", "numba.core"):  # it is there, but not for this NumPy or system
-            warnings.warn(f"numba cannot be imported, so a CPU works by torch's operations: {error}", stacklevel=2)
+            doubt(f"numba cannot be imported, so a CPU works by torch's operations: {error}", UserWarning)
         return False
     disabled: bool = vars(config)["DISABLE_JIT"]
     return not disabled

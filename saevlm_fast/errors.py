@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "torch")  # both make decorators of ours
+_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "functools", "torch")  # they make decorators of ours
 
 
 class ActivationError(ValueError):
@@ -56,14 +56,15 @@ def goes_on(how: str = "the same command goes on where it stopped") -> Iterator[
 class DiskFull(OSError):
     """A file for which there is no room; whatever writes it, the message says the same in the same order.
 
-    Attributes: of an OSError; what: was being written; kept: of the work, and how it goes on.
+    Attributes: of an OSError; what: was being written; kept: of the work, and how it goes on; free: bytes on its disk
+    when it failed, None if the system does not say.
     """
 
     what, kept = "this file", "what was there before is as it was"
+    free: int | None = None
 
     def __str__(self) -> str:
-        free = _free_room(self.filename)
-        free_text = "" if free is None else f"; {size_text(free)} are free on its disk"
+        free_text = "" if self.free is None else f"; {size_text(self.free)} are free on its disk"
         return f"{self.filename}: {self.strerror}, while {self.what} was written{free_text}; {self.kept}"
 
 
@@ -84,14 +85,18 @@ def while_writing(what: str, kept: str = "", path: Path | None = None) -> Iterat
         for name, value in (("what", what), ("kept", kept)):
             if value and name not in vars(full):  # else who was nearer to the file has said it
                 setattr(full, name, value)
-        raise full from error.__cause__
+        if full is error:
+            raise
+        raise full from error
 
 
 def full_disk(error: OSError) -> OSError:
     """The error as DiskFull, if it is of a disk without room for a file whose name it tells."""
     if isinstance(error, DiskFull) or error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is None:
         return error
-    return DiskFull(error.errno, error.strerror, str(error.filename))
+    full = DiskFull(error.errno, error.strerror, str(error.filename))
+    full.free = _free_room(full.filename)
+    return full
 
 
 def _free_room(path: str) -> int | None:

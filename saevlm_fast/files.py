@@ -52,10 +52,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        named: BaseException = error
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise full_disk(OSError(*_reason(error), str(path))) from error
-        raise
+            named = full_disk(OSError(*_reason(error), str(path)))  # while what it has written is there
+        temporary.unlink(missing_ok=True)
+        if named is error:
+            raise
+        raise named from error
     _fsync_directory(path.parent)
 
 
@@ -63,7 +66,7 @@ def _reason(error: OSError) -> tuple[int, str]:
     """errno and its words, also of libraries that leave the number in a sentence, or out."""
     said = error.strerror or str(error)
     if error.errno is not None:
-        return error.errno, said
+        return error.errno, os.strerror(error.errno)
     if number := _OS_ERROR.search(said):
         return int(number[1]), os.strerror(int(number[1]))
     if _SHORT_WRITE.fullmatch(said):
@@ -112,7 +115,7 @@ def save_safetensors_atomic(
         try:
             save_file({name: _plain(t) for name, t in tensors.items()}, temporary, dict(metadata or {}))
         except SafetensorError as error:
-            raise OSError(errno.EIO, str(error), str(path)) from error
+            raise OSError(str(error)) from error
 
 
 def _plain(tensor: Tensor) -> Tensor:

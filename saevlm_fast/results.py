@@ -71,10 +71,15 @@ def describe(path: Path) -> dict[str, Any]:
     """
     main = _main_file(path)
     kind, figures, metadata = _kind_of(main), None, {}
+    record = _recorded(path, RESULTS if kind is None else (kind,), *_around(path, kind))
     if kind is not None:
         held = _held(main)
-        figures, metadata = _figures(kind, held, main), _metadata(held)
-    record = _recorded(path, RESULTS if kind is None else (kind,), *_around(path, kind))
+        try:
+            figures, metadata = kind.figures(held), _metadata(held)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
+            reason = f"damaged, it is not what {kind.command} writes ({first_line(error)})"
+            # Without its settings it may as well be somebody else's that has such columns or entries.
+            raise ValueError(f"{path}: {'' if record else 'no result of a command, or '}{reason}") from None
     require(kind is not None or record is not None, f"{path}: no result of a command")
     found, settings, made = record or (kind, {}, {})
     assert found is not None
@@ -128,13 +133,6 @@ def _held(path: Path) -> Held:
     if not (isinstance(record.get("metadata"), dict) and isinstance(record.get("latents"), list)):
         return record
     return read_table(path).replace_schema_metadata({name: str(value) for name, value in record["metadata"].items()})
-
-
-def _figures(kind: Result, held: Held, path: Path) -> Figures:
-    try:
-        return kind.figures(held)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: damaged, it is not what {kind.command} writes ({first_line(error)})") from None
 
 
 def _metadata(held: Held) -> dict[str, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from command import run
 from saevlm_fast import files
@@ -117,3 +118,35 @@ def test_what_a_command_says(tmp_path, no_room):
     given = ("--steps", 2, "--batch-size", 32, "--output", tmp_path / "out")
     text = run("train", "--activations", tmp_path / "x.npy", *given, code=2)
     assert "No space left on device, while the checkpoint step_00000002 was written" in " ".join(text.split())
+
+
+def test_what_safetensors_says_of_it(tmp_path, monkeypatch):
+    """It has no errno, and raises an error of its own kind."""
+
+    def full(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(DiskFull, match=told("shard 0 of a store", "the 0 rows of shards before it are whole")):
+        ActivationWriter(tmp_path / "store", 8, torch.float32, {}).write_shard(0, X[:2], two_items())
+    with pytest.raises(DiskFull, match="No space left on device") as caught:
+        files.save_safetensors_atomic(tmp_path / "x.safetensors", {"x": X})
+    assert caught.value.free is not None
+    assert isinstance(caught.value.__cause__.__cause__, SafetensorError)
+
+
+def two_items():
+    return {"image": ["a", "b"], "token": [0, 0]}
+
+
+def test_the_end_of_spilled_codes(tmp_path, monkeypatch):
+    spill = Spill(tmp_path / "codes", 4)
+    spill.append(SparseCodes.from_flat(torch.ones(1), torch.zeros(1, dtype=torch.long), torch.tensor([0, 1]), 4))
+
+    class Full:
+        def close(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(spill._files, "acts", Full())
+    with pytest.raises(DiskFull, match="while codes was written"):
+        spill.finish()

@@ -133,7 +133,8 @@ def _check_marks(name: str, names: Sequence[str], per_image: Sequence[set[str] |
     n = sum(label is not None and below[0] in label for label in per_image)
     raise ValueError(
         f"labels: {name}: {below[0]} on {n:,} images is below 0, as unlabelled images are marked; give None where "
-        "nothing is known of an image (in a file no line), '' where it has no label (an empty cell), or a class a name"
+        "nothing is known of an image (in a file no line), '' where it has no label (an empty cell), or a class a "
+        "name; --labels none leaves out those of a store"
     )
 
 
@@ -149,11 +150,12 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     The first column is the image's id, as the store has it, or the row's number where a matrix has no ids. An id may
     stand in several lines: the image then has several labels. An empty cell is no label, nor is NaN among numbers; an
     image that is in no line is left out. Lines of images that are not there are passed over, with a Doubt if there are
-    images without a line as well. Columns without a label of any of the images are left out, with a Doubt.
+    images without a line as well. Columns without a label of any of the images, and those that LabelSet.of refuses, are
+    left out, with a Doubt, if there are others.
 
     Raises:
         ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images, no
-            label in any column, a number below 0 as LabelSet.of refuses it.
+            label in any column, numbers below 0 in all that have labels.
         RemoteError: a URL that cannot be read.
     """
     path = fetched(url_of(path)).path if is_url(path) else Path(path)
@@ -183,14 +185,26 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     if n_strangers and n_known < len(ids):
         told = f"{n_known:,} of {len(ids):,} images are in it, and {n_strangers:,} of its lines are of none"
         doubt(f"labels: {path}: {told}, such as {stranger!r}")
-    sets = {name: column for name, column in zip(header[1:], found) if any(column)}
-    require(len(sets) > 0, f"labels: {path}: no image has a label in {', '.join(header[1:])}")
-    if empty := [name for name in header[1:] if name not in sets]:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        told = f"left out, as no image has a label in it: {', '.join(empty[:3])}{more}"
-        doubt(f"labels: {path}: {told}")
-    with renamed(f"labels: {path}", "labels"):
-        return [LabelSet.of(column, name) for name, column in sets.items()]
+    labelled = {name: column for name, column in zip(header[1:], found) if any(column)}
+    require(len(labelled) > 0, f"labels: {path}: no image has a label in {', '.join(header[1:])}")
+    _tell_left_out(path, "no image has a label in it", [name for name in header[1:] if name not in labelled])
+    sets, refused = [], {}
+    for name, column in labelled.items():
+        try:
+            with renamed(f"labels: {path}", "labels"):
+                sets.append(LabelSet.of(column, name))
+        except ValueError as error:
+            refused[name] = error
+    if not sets:
+        raise next(iter(refused.values()))
+    _tell_left_out(path, "it has numbers below 0, as unlabelled images are marked", list(refused))
+    return sets
+
+
+def _tell_left_out(path: Path, reason: str, columns: Sequence[str]) -> None:
+    if columns:
+        more = f" and {len(columns) - 3} more" if len(columns) > 3 else ""
+        doubt(f"labels: {path}: left out, as {reason}: {', '.join(columns[:3])}{more}")
 
 
 def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:

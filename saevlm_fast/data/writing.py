@@ -69,6 +69,7 @@ class StoreWriter(ABC):
     """
 
     FORMAT: ClassVar[str]
+    _refusal: ValueError | None = None  # of rows or items, the last one
 
     def __init__(
         self,
@@ -141,8 +142,9 @@ class StoreWriter(ABC):
         require(new, f"number is {number}; needed: one from 0 up that is not on the disk yet")
         self._check_open()
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
-        n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
-        table = _item_table(items, n_rows)
+        with self._refusing():
+            n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
+            table = _item_table(items, n_rows)
         kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
         with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
@@ -193,8 +195,16 @@ class StoreWriter(ABC):
         """After an exception rows that are not on the disk are dropped; a new store goes if its first are refused."""
         if kind is None:
             self.close()
-        elif issubclass(kind, ValueError) and self._is_new and not self.done:
+        elif error is self._refusal and self._is_new and not self.done:
             self._give_up()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self._refusal = error
+            raise
 
     def _give_up(self) -> None:
         """An empty store would be in the way of the next try. One that others have gone on with stays."""
@@ -251,8 +261,9 @@ class ActivationWriter(StoreWriter):
         alone = self.part is None
         require(alone, f"part is {self.part}; append is for one process alone, ranks use write_shard")
         self._check_open()
-        batch_BD = self._checked(batch_BD)
-        table = _item_table(items, len(batch_BD))
+        with self._refusing():
+            batch_BD = self._checked(batch_BD)
+            table = _item_table(items, len(batch_BD))
         buffer_ND = self._buffer_ND
         if buffer_ND is None:
             buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype, device="cpu")
@@ -367,6 +378,7 @@ def _texts(column: Any) -> Any:
     """Names and labels: a whole number is its digits, as a label is in LabelSet.of."""
     if isinstance(column, pa.Array | pa.ChunkedArray):
         return column.cast(pa.string()) if pa.types.is_integer(column.type) else column
+    column = [each.item() if getattr(each, "ndim", None) == 0 else each for each in column]
     whole = [isinstance(each, Integral) and not isinstance(each, bool) for each in column]
     return [str(each) if number else each for each, number in zip(column, whole)] if any(whole) else column
 

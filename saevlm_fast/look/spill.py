@@ -56,8 +56,9 @@ class Spill:
 
     def finish(self) -> None:
         """From now on it can be read."""
-        for file in self._files.values():
-            file.close()
+        with while_writing("codes", path=self.path):
+            for file in self._files.values():
+                file.close()
         self._files = {}
         write_json_atomic(
             self.path / "spill.json", {"rows": self.n_rows, "entries": self.n_entries, "d_sae": self.d_sae}

@@ -51,8 +51,8 @@ def test_all_steps_in_their_order(check, tmp_path):
         assert {f"logs/{name}.log" for name in STEPS} <= set(kept.getnames())
     names = [line.split(":")[0] for line in lines]
     assert names[0] == names[-1] == "gpu_check"
-    assert sorted(names[1:5]) == ["demo", "gpu_tests", "kernel_tests", "ranks"], "side by side"
-    assert names[5:-1] == STEPS
+    assert sorted(names[1:6]) == ["commands", "demo", "gpu_tests", "kernel_tests", "ranks"], "side by side"
+    assert names[6:-1] == STEPS
     commands = (tmp_path / "commands").read_text()
     assert "pip install" in commands
     assert "--time-limit=35" in commands, "of 60 s for pairs"

@@ -84,6 +84,16 @@ def test_uploaded_batches_are_the_hosts(dtype, device, tmp_path):
 
 
 @pytest.mark.gpu
+def test_pinned_memory_that_is_used_again_holds_what_was_read_last(device, monkeypatch):
+    monkeypatch.setattr("saevlm_fast.data.device._PINNED_BYTES", 0)  # few slots
+    data = Activations.from_tensor(rows_of(1003, 64, torch.float32))
+    order = ShuffledRows(data, 100, seed=4)
+    expected = [x for _, x in batches(data, order, 0, 60)]
+    found = [x.clone() for x in uploaded_batches(data, order, 0, 60, device)]
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found))
+
+
+@pytest.mark.gpu
 def test_uploaded_rows_that_are_not_finite_are_named_and_threads_end(device):
     x = rows_of(1000, 8, torch.float16)
     x[700, 5] = torch.nan

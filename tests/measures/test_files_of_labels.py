@@ -141,6 +141,10 @@ def test_a_mark_in_a_file_is_told_with_its_column(tmp_path):
     from saevlm_fast.data.label_sets import read_labels
 
     (tmp_path / "l.csv").write_text("image,smiles,kind\nx,-1,-1\ny,1,0\nz,1,\n")
+    with pytest.warns(Doubt, match=r"l\.csv: left out, as it has numbers below 0, .* marked: kind$"):
+        (found,) = read_labels(tmp_path / "l.csv", ["x", "y", "z"])
+    assert (found.name, found.names) == ("smiles", ("-1", "1"))
+    (tmp_path / "l.csv").write_text("image,kind\nx,-1\ny,0\nz,\n")
     with pytest.raises(ValueError, match=r"labels: .*l\.csv: kind: -1 on 1 images .*an empty cell"):
         read_labels(tmp_path / "l.csv", ["x", "y", "z"])
 
