@@ -6,6 +6,7 @@ everything the dict speaks of. cli/inspect_table.py turns it into the short tabl
 """
 
 import shlex
+import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _sound_or_damaged(child: Path) -> Description:
     """Of a damaged one among several, what is wrong with it."""
     try:
         return inspect(child)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return {"path": str(child), "kind": "damaged", "bytes": 0, "complete": False, "damage": str(error)}
 
 
@@ -231,10 +232,18 @@ def _run(path: Path) -> Description:
 
 
 def _resumed(path: Path) -> str:
+    """What goes on with a run, also where it was moved, or is a copy."""
     settings = path / results.SETTINGS_FILE
     if not settings.is_file():
         return "the same call and resume=True"
-    return f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"
+    here = path.parent if workplace(path.parent) == path else path
+    try:
+        output = Path(tomllib.loads(settings.read_text(encoding="utf-8"))["train"]["output"])
+        moved = not (output.exists() and output.samefile(here))
+    except (OSError, ValueError, KeyError, TypeError):
+        moved = False  # whoever resumes with it is told what is wrong
+    to = f" --output {shlex.quote(str(here))}" if moved else ""
+    return f"saevlm-fast train --config {shlex.quote(str(settings))}{to} --resume"
 
 
 def _way_on_of_all(path: Path, contents: list[Description]) -> Description:

@@ -106,7 +106,7 @@ def _main_file(path: Path) -> Path:
 
 def _kind_of(path: Path) -> Result | None:
     """By the columns of a table, or the entries of a record; None of another file. ValueError: it is damaged."""
-    names = set(_names(path)) if path.suffix in SUFFIXES else set()
+    names = set(_names(path)) if path.suffix in SUFFIXES and path.is_file() else set()  # a pipe would wait for ever
     return next((each for each in RESULTS if names.issuperset(each.entries)), None)
 
 

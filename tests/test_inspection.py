@@ -257,6 +257,8 @@ def test_cut_runs_say_how_far_they_came_and_how_they_go_on(folder):
     }  # fmt: skip
     again = f"saevlm-fast train --config {runs / 'cut' / 'settings.toml'} --resume"
     assert found["cut"]["way_on"] == again
+    shutil.copytree(runs / "cut", folder / "a copy")  # whose settings name the first one
+    assert inspect(folder / "a copy")["way_on"].endswith(f"--output '{folder}/a copy' --resume")
     for path in (runs, runs / "cut"):
         text = " ".join(run("inspect", path).split())
         assert "INCOMPLETE, step 2 of 4; continue with saevlm-fast train --config" in text
@@ -286,7 +288,8 @@ def test_a_run_that_is_to_be_replaced_names_the_unfinished_one(folder):
 
 def test_runs_that_one_command_began_go_on_together(folder):
     runs = cut_runs(folder)
-    shutil.copy(runs / "cut" / "settings.toml", runs / "settings.toml")
+    settings = (runs / "cut" / "settings.toml").read_text()
+    (runs / "settings.toml").write_text(settings.replace(str(runs / "cut"), str(runs)))
     assert "way_on" not in inspect(runs), "one has diverged, and would again"
     assert run("inspect", runs).count("--resume") == 1
     shutil.rmtree(runs / "diverged")
@@ -334,3 +337,12 @@ def test_a_damaged_one_among_several_is_named_and_the_others_are_shown(folder):
     for word in ("DAMAGED: codes", "not valid JSON", "24 x 16", "1 other files"):
         assert word in text
     assert "not valid JSON" in run("inspect", folder, "--verify", code=2)
+
+
+def test_what_is_nobodys_result_is_told_in_a_line(folder):
+    os.mkfifo(folder / "pipe.csv")
+    (folder / "foreign.json").write_text('{"metadata": {}, "latents": ["a"]}')
+    (folder / "layers.json").write_text('{"what": "a model", "layers": [{"type": "Dense"}]}')
+    for name in ("pipe.csv", "foreign.json", "layers.json"):
+        with pytest.raises(ValueError, match=name):
+            inspect(folder / name)

@@ -35,7 +35,16 @@ def read_table(path: Path) -> pa.Table:
     require(path.is_file(), f"{path}: no such file")
     try:
         return _read(path)
-    except (OSError, UnicodeError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        UnicodeError,
+        pa.ArrowException,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path}: not a table of latents: {first_line(error)}") from None
 
 
