@@ -6,7 +6,7 @@
 # devices that are mixed, waits within a capture, races between streams, pinned memory that is reused too soon and kernels
 # that leave their arguments are found. Nothing is timed, and nothing is said of what the compiler makes of a kernel.
 #
-# It needs Linux, gcc and a torch that is built for CUDA. A step takes seconds.
+# It needs Linux, gcc and a torch that is built for CUDA 13. A step takes seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -16,8 +16,8 @@ import sys
 
 import torch
 
-if torch.version.cuda is None:
-    sys.exit(f"on_pretended_gpu: torch {torch.__version__} is not built for CUDA")
+if not (torch.version.cuda or "").startswith("13."):
+    sys.exit(f"on_pretended_gpu: torch {torch.__version__} is not built for CUDA 13")
 site = pathlib.Path(torch.__file__).parents[1]
 # Of torch's own CUDA, and what its wheel of headers lacks.
 places = f"nvidia/cu{torch.version.cuda.split('.')[0]}", "nvidia/cuda_runtime", "triton/backends/nvidia"
@@ -27,13 +27,13 @@ PY
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # shellcheck disable=SC2086
-gcc -Wall -shared -fPIC -O1 -Wl,-soname,libcuda.so.1 $headers tests/pretended_gpu/cudart.c -o "$scratch/libcuda.so.1"
+gcc -Wall -Werror=implicit-function-declaration -shared -fPIC -O1 -Wl,-soname,libcuda.so.1 $headers tests/pretended_gpu/cudart.c -o "$scratch/libcuda.so.1"
 if [ $# -eq 0 ]; then
     set -- tests/pretended_gpu tests/cli/test_on_a_gpu.py tests/training/test_short_runs_on_a_gpu.py tests/data \
         tests/harvesting tests/steering tests/towers tests/test_sparse_codes.py tests/test_torch_defaults.py
 fi
 # What asks for a compiler's GPU, or for the bits of its arithmetic.
 LD_PRELOAD=$scratch/libcuda.so.1 PYTHONPATH=$PWD/tests/pretended_gpu/site:$PWD/tests:$PWD/tests/helpers:$PWD \
-    "$python" -m pytest -q -p no:cacheprovider -m gpu "$@" \
+    "$python" -m pytest -q -p no:cacheprovider -p pretended_gpu.plugin -m gpu "$@" \
     --deselect tests/towers/test_forwards.py::test_a_gpu_tower_in_bfloat16_gives_the_same_bits_with_the_kernel \
     --deselect "tests/towers/test_hooks.py::test_on_a_gpu[True]"

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+_Static_assert(CUDART_VERSION / 1000 == 13, "functions and structures of CUDA 13");
 enum { TOTAL_GIB = 8, MULTIPROCESSORS = 4, PAGE = 4096, MOST_STREAMS = 64 };
 
 /* --- the device ------------------------------------------------------------------------------------------------- */
@@ -97,8 +98,12 @@ static int holds(Block *block, const char *address) {
 
 cudaError_t cudaMalloc(void **begin, size_t bytes) {
     if (taken + bytes > (size_t)TOTAL_GIB << 30) return cudaErrorMemoryAllocation;
-    taken += (bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
-    return take(&on_device, begin, bytes);
+    cudaError_t status = take(&on_device, begin, bytes);
+    if (status == cudaSuccess) {
+        memset(*begin, 0xAB, bytes); /* nothing relies on zeros */
+        taken += (bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
+    }
+    return status;
 }
 cudaError_t cudaFree(void *begin) { taken -= give_back(&on_device, begin); return cudaSuccess; }
 cudaError_t cudaHostAlloc(void **begin, size_t bytes, unsigned flags) { return take(&on_host, begin, bytes); }

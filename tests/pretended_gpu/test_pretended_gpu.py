@@ -1,5 +1,6 @@
 """The pretended GPU: it computes what the CPU does, and finds what a GPU would not forgive."""
 
+import contextlib
 import sys
 
 import pytest
@@ -23,6 +24,17 @@ def race():
     from pretended_gpu.work import RaceError
 
     return RaceError
+
+
+@pytest.fixture(autouse=True)
+def others_are_not_blamed():
+    """What a test has provoked."""
+    from pretended_gpu.install import device
+
+    yield
+    with contextlib.suppress(AssertionError):
+        torch.cuda.synchronize()
+    device.faults.clear()
 
 
 def captured():
@@ -86,6 +98,22 @@ def test_launches_of_two_streams_are_in_order_only_by_events(other, race):
     assert float(x.sum()) == 8
 
 
+def test_a_result_is_written_by_its_stream(other, race):
+    x = torch.ones(8, device="cuda")
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        doubled = x * 2
+    with pytest.raises(race, match=r"sum.* on stream 0x0 reads .* mul"):
+        doubled.sum()
+
+
+def test_a_column_of_pinned_memory_leaves_its_neighbours():
+    pinned = torch.zeros(3, 2).pin_memory()
+    pinned[:, 0].copy_(torch.ones(3, device="cuda"), non_blocking=True)
+    torch.cuda.synchronize()
+    assert pinned.tolist() == [[1, 0]] * 3
+
+
 def test_two_streams_may_write_beside_each_other_and_read_the_same(other):
     x, y = torch.zeros(8, device="cuda"), torch.ones(4, device="cuda")
     other.wait_stream(torch.cuda.current_stream())
@@ -104,7 +132,7 @@ def test_memory_that_another_stream_still_uses_is_given_to_nobody(other, race):
         x.sum()
     del x
     with pytest.raises(race):
-        torch.ones(1000, device="cuda")
+        torch.ones(500, device="cuda") + torch.ones(500, device="cuda")
 
 
 def test_a_stream_that_a_graph_does_not_wait_for_is_found(other, race):

@@ -120,7 +120,7 @@ class Kernel:
 
     def _waits(self, given: dict[str, Any]) -> bool:
         if self.name not in INDEXING:
-            return self.name in WAITING
+            return self.name in WAITING and given.get("output_size") is None
         return any(t.dtype in (torch.bool, torch.uint8) or not t.is_cuda for t in tensors_of(given["indices"]))
 
     def _check_devices(self, given: dict[str, Any]) -> None:
@@ -145,6 +145,8 @@ def copy(device: Device, to: Tensor, source: Tensor, non_blocking: bool = False)
     @torch.no_grad()
     def run() -> None:
         as_host(to).copy_(as_host(source))
+        if later and host is source:
+            device.is_lent(source)
 
     def arrive() -> None:
         device.comes_to(to, as_host(source).to(to.dtype, copy=True).expand(to.shape))
@@ -155,8 +157,6 @@ def copy(device: Device, to: Tensor, source: Tensor, non_blocking: bool = False)
         device.must_not_capture("a copy that the host waits for")
     accesses = [Access(*extent(t), t is to) for t in (to, source) if t.is_cuda and t.numel()]
     device.launch("copy_", accesses, arrive if later and host is to else run, [])
-    if later and host is source:
-        device.is_lent(source)
     if host is not None and not later and not (host is source and non_blocking):
         device.host_waits_for_stream()
     return to

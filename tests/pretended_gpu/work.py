@@ -23,7 +23,7 @@ class RaceError(AssertionError):
 
 
 class Access(NamedTuple):
-    """Bytes that a launch touches, from one address to before another."""
+    """What a launch touches, from its first byte to behind its last: a column reaches over its neighbours."""
 
     begin: int
     end: int
@@ -57,11 +57,14 @@ class Graph:
     accesses: dict[Access, None] = field(default_factory=dict)
     before: list[tuple[int, Tensor]] = field(default_factory=list)  # bytes that capturing has changed, by address
     made: list[tuple[int, int]] = field(default_factory=list)
+    last: Clock = field(default_factory=dict)  # of the streams that have joined, their last launch
 
 
 class Device:
+    """faults: what was found, for those who would take an error of it for something else."""
+
     def __init__(self) -> None:
-        self.launches = 0
+        self.faults: list[RaceError] = []
         self._lock = threading.RLock()
         self._streams: dict[int, Clock] = {}
         self._host: Clock = {}  # one for all threads: what hands work between them is taken to wait
@@ -79,15 +82,16 @@ class Device:
     def launch(self, name: str, accesses: list[Access], run: Callable[[], Any], made: list[Tensor]) -> Any:
         """Does it in its stream's order, and keeps it if that captures. made: where `run` puts the tensors it makes."""
         with self._lock:
-            self._in_order(name, accesses)
+            self._next(name, accesses)
             graph = self._capturing()
-            if graph is None:
-                return run()
-            graph.before += [(a.begin, bytes_at(a.begin, a.end).clone()) for a in accesses if a.writes]
+            if graph is not None:
+                graph.before += [(a.begin, bytes_at(a.begin, a.end).clone()) for a in accesses if a.writes]
             result = run()
-            graph.runs.append(run)
-            graph.made += map(extent, made)
-            graph.accesses |= dict.fromkeys([*accesses, *(Access(*extent(t), True) for t in made if t.numel())])
+            results = [Access(*extent(t), True) for t in made if t.numel()]
+            self._touch(name, results)
+            if graph is not None:
+                graph.made += [(access.begin, access.end) for access in results]
+                self._capture(graph, run, [*accesses, *results])
             return result
 
     def launch_kernel(self, name: str, arguments: list[Tensor], run: Callable[[], list[Access]]) -> None:
@@ -97,28 +101,42 @@ class Device:
             spans = {extent(t) for t in arguments if t.numel()} if graph else set()
             before = [(begin, bytes_at(begin, end).clone()) for begin, end in spans]
             accesses = run()
-            self._in_order(name, accesses)
+            self._next(name, accesses)
             if graph is not None:
                 graph.before += before
-                graph.runs.append(run)
-                graph.accesses |= dict.fromkeys(accesses)
+                self._capture(graph, run, accesses)
 
-    def _in_order(self, name: str, accesses: Iterable[Access]) -> None:
-        """RaceError: a launch of another stream that this one has not waited for touches the same."""
+    def _capture(self, graph: Graph, run: Callable[[], Any], accesses: list[Access]) -> None:
+        stream = current_stream()
+        graph.runs.append(run)
+        graph.accesses |= dict.fromkeys(accesses)
+        graph.last[stream] = self._streams[stream][stream]
+
+    def _next(self, name: str, accesses: Iterable[Access]) -> None:
+        """The next launch of the current stream."""
         stream = current_stream()
         clock = self._clock(stream)
+        clock[stream] = clock.get(stream, 0) + 1
+        self._touch(name, accesses)
+
+    def _touch(self, name: str, accesses: Iterable[Access]) -> None:
+        """By the last launch. RaceError: one of another stream that this one has not waited for touches the same."""
+        stream = current_stream()
+        clock = self._streams[stream]
         for other in self._open.keys() - {stream}:
             known = clock.get(other, 0)
             for earlier, (number, other_name) in self._open[other].items():
                 for access in accesses if number > known else ():
                     if access.conflicts(earlier):
-                        raise RaceError(
+                        self._fail(
                             f"{name} on stream {stream:#x} {access}, and nothing says whether before or after"
                             f" {other_name} on stream {other:#x}, which {earlier}"
                         )
-        self.launches += 1
-        clock[stream] = clock.get(stream, 0) + 1
         self._open.setdefault(stream, {}).update(dict.fromkeys(accesses, (clock[stream], name)))
+
+    def _fail(self, message: str) -> None:
+        self.faults.append(RaceError(message))
+        raise self.faults[-1]
 
     def _clock(self, stream: int) -> Clock:
         """What the host knows comes first for all that it launches."""
@@ -171,8 +189,8 @@ class Device:
         for copy in coming:
             copy.pinned.copy_(copy.value)
         for copy in lent:
-            if not torch.equal(bytes_at(*extent(copy.pinned)), copy.value):
-                raise RaceError(f"pinned memory [{len(copy.value)} bytes] was written before its copy was over")
+            if not torch.equal(raw(copy.pinned), copy.value):
+                self._fail(f"pinned memory [{len(copy.value)} bytes] was written before its copy was over")
 
     def _split(self, copies: list[Copy]) -> tuple[list[Copy], list[Copy]]:
         """Those that are over, and the others."""
@@ -184,15 +202,13 @@ class Device:
     def comes_to(self, pinned: Tensor, value: Tensor) -> None:
         """The host reads poison there until it has waited for the launch before this call."""
         stream = current_stream()
-        if pinned.numel():
-            bytes_at(*extent(pinned)).fill_(POISON)
+        pinned.detach().copy_(torch.full((pinned.element_size(),), POISON, dtype=torch.uint8).view(pinned.dtype))
         self._coming.append(Copy(stream, self._streams[stream][stream], pinned.detach(), value))
 
     def is_lent(self, pinned: Tensor) -> None:
         """The host writes nothing there until it has waited for the launch before this call."""
-        if pinned.numel():
-            stream, value = current_stream(), bytes_at(*extent(pinned)).clone()
-            self._lent.append(Copy(stream, self._streams[stream][stream], pinned.detach(), value))
+        stream = current_stream()
+        self._lent.append(Copy(stream, self._streams[stream][stream], pinned.detach(), raw(pinned)))
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
@@ -219,17 +235,19 @@ class Device:
                 if begin < end:
                     bytes_at(begin, end).fill_(POISON)
             graph.before = []
-            self._host_knows(self._clock(graph.stream))
-            for stream, launches in self._open.items():
-                for access, (_, name) in launches.items():
-                    if access in graph.accesses:
-                        raise RaceError(f"a graph is captured, and does not wait for {name} on stream {stream:#x}")
+            waited = dict(self._clock(graph.stream))
+            self._host_knows(graph.last)  # that were no launches
+            for stream, number in graph.last.items():
+                if number > waited.get(stream, 0):
+                    self._fail(f"a graph is captured, and does not wait for what stream {stream:#x} launches in it")
 
     def replay(self, graph: Graph) -> None:
         with self._lock:
-            self._in_order("a graph", graph.accesses)
+            self._next("a graph", graph.accesses)
             for run in graph.runs:
-                run()
+                touched = run()
+                if isinstance(touched, list) and touched and isinstance(touched[0], Access):
+                    self._touch("a graph", touched)  # masks may let more through than in the capture
 
 
 def current_stream() -> int:
@@ -247,6 +265,11 @@ def extent(t: Tensor) -> tuple[int, int]:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def raw(t: Tensor) -> Tensor:
+    """A copy of its elements' bytes [n], those between them left out."""
+    return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def bytes_at(begin: int, end: int) -> Tensor:

@@ -32,6 +32,7 @@ def stepper_of(architecture, dead_after):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:steps are not captured")
 @pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize("dead_after", [10_000_000, 100], ids=["no-dead", "auxk"])
 def test_captured_steps_are_the_eager_steps(architecture, dead_after):
@@ -48,6 +49,7 @@ def test_captured_steps_are_the_eager_steps(architecture, dead_after):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:steps are not captured")
 @pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu"])
 def test_runs_are_the_same_wherever_data_is_and_however_steps_are_taken(architecture, tmp_path):
     x_ND = torch.from_numpy(PlantedConcepts(16, 8, 30, seed=3).sample(200)[0]).half()
