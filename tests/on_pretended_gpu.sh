@@ -30,7 +30,7 @@ trap 'rm -rf "$scratch"' EXIT
 gcc -Wall -Werror=implicit-function-declaration -shared -fPIC -O1 -Wl,-soname,libcuda.so.1 $headers tests/pretended_gpu/cudart.c -o "$scratch/libcuda.so.1"
 if [ $# -eq 0 ]; then
     set -- tests/pretended_gpu tests/cli/test_on_a_gpu.py tests/training/test_short_runs_on_a_gpu.py tests/data \
-        tests/harvesting tests/steering tests/towers tests/test_sparse_codes.py tests/test_torch_defaults.py
+        tests/harvesting tests/steering tests/towers tests/test_sparse_codes.py
 fi
 # What asks for a compiler's GPU, or for the bits of its arithmetic.
 LD_PRELOAD=$scratch/libcuda.so.1 PYTHONPATH=$PWD/tests/pretended_gpu/site:$PWD/tests:$PWD/tests/helpers:$PWD \
