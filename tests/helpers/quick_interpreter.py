@@ -1,7 +1,7 @@
 """Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once.
 
 And with masks that are one: what is compared as a scalar and spread over a block is a number there, which Triton 3.9
-refuses as a mask.
+refuses as a mask. And with bounds of loops that NumPy 2.4 takes: Triton 3.6 makes them of arrays of one element.
 """
 
 import importlib.util
@@ -52,6 +52,7 @@ def quicken_interpreter() -> None:
 
     interpreter._patch_builtin, interpreter._get_np_dtype = look_up, np_dtype
     _keep_booleans(interpreter)
+    _take_one_element(interpreter)
 
 
 def _keep_booleans(interpreter: ModuleType) -> None:
@@ -64,3 +65,14 @@ def _keep_booleans(interpreter: ModuleType) -> None:
         return interpreter.TensorHandle(found.data.astype(bool), arg.dtype) if arg.data.dtype == bool else found
 
     builder.create_splat = create_splat
+
+
+def _take_one_element(interpreter: ModuleType) -> None:
+    """Scalars are arrays [1] in the interpreter, and `int` takes only those [] since NumPy 2.4."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
