@@ -8,6 +8,7 @@ everything the dict speaks of. cli/inspect_table.py turns it into the short tabl
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +78,26 @@ def inspect(path: str | Path) -> Description:
     if not path.is_dir():
         return _matrix_or_sae(path)
     children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    contents = [child for child in children if (child.is_dir() or results.has_record(child)) and _describer(child)]
-    if not contents:
+    looked = {child: _sound_or_damaged(child) for child in children if child.is_dir() or results.has_record(child)}
+    described = [item for item in looked.values() if item is not None]
+    if not described:
         nearly = registry.nearly(Source(path))
         meant = meant_in(sorted(path.iterdir()))
         raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}{meant}")
-    described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),
         "kind": "folder",
         "bytes": sum(item["bytes"] for item in described),
         "contents": described,
-        "others": sum(child not in contents and not results.is_record(child) for child in children),
+        "others": sum(looked.get(child) is None and not results.is_record(child) for child in children),
     } | _way_on_of_all(path, described)
 
 
-def _sound_or_damaged(child: Path) -> Description:
-    """Of a damaged one among several, what is wrong with it."""
+def _sound_or_damaged(child: Path) -> Description | None:
+    """Of one among several what it is, or what is wrong with it; None of what is nothing that is known."""
     try:
-        return inspect(child)
+        describe = _describer(child)
+        return None if describe is None else describe(child)
     except (ValueError, OSError) as error:
         return {"path": str(child), "kind": "damaged", "bytes": 0, "complete": False, "damage": str(error)}
 
@@ -104,8 +106,9 @@ def _describer(path: Path) -> Callable[[Path], Description] | None:
     for name, describe in ((STORE_FILE, _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
         if (path / name).is_file():
             return describe
-    if path.exists() and results.known(path):
-        return _result
+    found = results.find(path) if path.exists() else None
+    if found is not None:
+        return partial(_result, found=found)
     return _sae if _is_sae(path) else None
 
 
@@ -270,10 +273,10 @@ def _matrix_or_sae(path: Path) -> Description:
         ) from None
 
 
-def _result(path: Path) -> Description:
+def _result(path: Path, found: results.Found) -> Description:
     files = path.rglob("*") if path.is_dir() else [path]
     n_bytes = sum(file.stat().st_size for file in files if file.is_file())
-    return {"path": str(path), "kind": "result", "bytes": n_bytes} | results.describe(path)
+    return {"path": str(path), "kind": "result", "bytes": n_bytes} | results.describe(found)
 
 
 def _matrix(path: str) -> Description:

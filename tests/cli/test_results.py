@@ -1,5 +1,8 @@
 """What commands write: `inspect` says what each is, and every `--json` has one name for a quantity."""
 
+import builtins
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import run, run_json
+from saevlm_fast import results
 from saevlm_fast.inspection import inspect, verify_inspected
 from small_world import CALLS, build_world, words
 
@@ -39,6 +43,19 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "cross-modal": ("crossed", lambda said: {name: said[name] for name in ("pairs", "kept", "latents")}),
     "human-agreement": ("agreement.json", lambda said: {name: said[name] for name in ("pairs", "neurons")}),
 }
+# Of a table that is a part of a result: the command, and what its figures must hold, by the --json or the main file.
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "erased.csv": ("erase", lambda inspected: {"layers": inspected["figures"]["layers"]}),
+    "grid/grid.json": ("train", lambda said: {"rows": 12, "saes": _headlines_of_grid(said)}),
+    "grid/grid.parquet": ("train", lambda said: {"saes": _headlines_of_grid(said)}),
+    "moved.neurons.csv": ("steerability", lambda said: {"units": 128, "s": said["neurons"]["s"]}),
+    "crossed/latents.parquet": ("cross-modal", lambda said: {"scored": said["latents"]["scored"]}),
+    "crossed/samples.parquet": ("cross-modal", lambda said: {name: said[name] for name in ("pairs", "kept")}),
+    "crossed/patches.parquet": ("cross-modal", lambda said: {"pairs": said["pairs"], "image_tokens": 6 * 36}),
+    "evaluation/latents/run.parquet": ("evaluate", lambda said: {"counts": {"defined": 5, "dead": 11}}),
+    "evaluation/pairs/run.parquet": ("evaluate", lambda said: {}),
+}
+NO_RESULTS = ("parts", "checkpoints", "d16", "d32", "harvest.json", "run.json", "cfg.json")
 # Their keys are made elsewhere, or are the titles of a table's rows.
 OTHERS_MAKE_THE_KEYS = ("source", "record", "facts", "metadata", "settings", "made", "headlines")
 
@@ -60,7 +77,11 @@ def printed(world):
             if "--dry-run" not in call and name not in ("inspect", "doctor"):
                 found[f"{name}, planned"] = run_json(*words(name, **changes), "--dry-run")
             found[name] = run_json(*words(name, **changes))
-        for output, _ in RESULTS.values():
+        grid = ("--activations", "store", "--d-sae", "16,32", "--k", 2, "--steps", 3, "--batch-size", 16)
+        found["grid"] = run_json("train", *grid, "--device", "cpu", "--output", "grid")
+        asked = [each for each in words("steerability", output="moved.csv") if each != "--no-neurons"]
+        found["neurons"] = run_json(*asked)
+        for output in (*(output for output, _ in RESULTS.values()), *PARTS):
             found[f"inspect {output}"] = run_json("inspect", output)
     return found
 
@@ -80,6 +101,88 @@ def test_inspect_says_what_a_result_is(command, world, printed):
     assert said
     assert f"given: {said[0]}" in text
     assert json.dumps(found, allow_nan=False)
+
+
+def _headlines_of_grid(said: dict[str, Any]) -> dict[str, Any]:
+    return {each["name"]: {name: each[name] for name in ("explained_variance", "l0")} for each in said["saes"]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_inspect_says_what_a_part_of_a_result_is(part, world, printed):
+    command, expected = PARTS[part]
+    said = {"grid": "grid", "moved": "neurons", "erased": "inspect erased.json"}
+    found = inspect(world / part)
+    assert (found["kind"], found["command"], found["made"]["command_line"].split()[1]) == ("result", command, command)
+    for name, value in expected(printed[said.get(re.split("[./]", part)[0], command)]).items():
+        assert found["figures"][name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    text = " ".join(run("inspect", world / part, "--verify").split())
+    assert f"made by saevlm-fast {command} 0." in text
+    assert found["what"] in text
+
+
+def test_inspect_knows_every_table_and_record_that_a_result_is_made_of(world, printed):
+    of_results = [world / output for output, _ in RESULTS.values()] + [world / "grid", *world.glob("*.neurons.csv")]
+    files = [file for path in of_results for file in (path.rglob("*") if path.is_dir() else [path])]
+    tables = [str(file.relative_to(world)) for file in files if file.suffix in (".parquet", ".csv", ".json")]
+    asked = [file for file in tables if not set(NO_RESULTS) & set(Path(file).parts)]
+    assert {"grid/grid.parquet", "crossed/samples.parquet", "moved.neurons.csv", "erased.json"} <= set(asked)
+    assert {file: inspect(world / file)["kind"] for file in asked} == dict.fromkeys(asked, "result")
+
+
+def test_a_part_far_from_its_settings_is_described_without(world, printed, tmp_path):
+    shutil.copy(world / "erased.csv", tmp_path / "erased.csv")
+    shutil.copy(world / "scores.parquet.settings.toml", tmp_path / "erased.json.settings.toml")
+    found = inspect(tmp_path / "erased.csv")
+    assert (found["command"], found["made"]) == ("erase", {})
+
+
+@pytest.mark.parametrize("document", ['{"a": [1]}', '{"subjects": [], "table": [], "left_out": []}', "{"])
+@pytest.mark.parametrize("with_settings", [False, True])
+def test_json_is_read_once(document, with_settings, world, printed, tmp_path):
+    (tmp_path / "mine.json").write_text(document)
+    if with_settings:
+        shutil.copy(world / "agreement.json.settings.toml", tmp_path / "mine.json.settings.toml")
+    with _opened("mine.json") as opened, contextlib.suppress(ValueError):
+        inspect(tmp_path / "mine.json")
+    assert len(opened) == 1
+    if with_settings:
+        with _opened("mine.json") as opened:
+            inspect(tmp_path)
+        assert len(opened) == 1
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_what_a_command_wrote_is_read_once_but_for_a_tables_columns(suffix, world, printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run(*words("ms-score", output=str(tmp_path / f"made{suffix}")))
+    with _opened(f"made{suffix}") as opened:
+        inspect(tmp_path / f"made{suffix}")
+    assert len(opened) == (1 if suffix == ".json" else 0)  # Arrow opens tables by itself
+
+
+def test_json_that_is_too_large_is_told_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "LARGEST", 1000)
+    (tmp_path / "mine.json").write_text(json.dumps({"a": "b" * 1000}))
+    with _opened("mine.json") as opened:
+        text = run("inspect", tmp_path / "mine.json", code=2)
+    assert "1.0 kB of JSON; at most 1.0 kB are read" in text
+    assert opened == []
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[list[str]]:
+    """The files of a name that Python opens in the block."""
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = io.open
+
+        def counted(file: Any, *arguments: Any, **more: Any) -> Any:
+            found.extend([str(file)] if str(file).endswith(name) else [])
+            return real(file, *arguments, **more)
+
+        patch.setattr(io, "open", counted)
+        patch.setattr(builtins, "open", counted)
+        yield found
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
