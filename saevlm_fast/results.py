@@ -19,6 +19,7 @@ from saevlm_fast.data.parquet import open_table
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import human_bytes
 from saevlm_fast.look.tables import read_table
+from saevlm_fast.measures.parts import finished_measures
 from saevlm_fast.measures.results import Figures, plain
 from saevlm_fast.records import LARGEST, Fields, object_of, read_record
 from saevlm_fast.steering.table import COLUMNS, scores_of_rows
@@ -118,6 +119,16 @@ def describe(found: Found) -> dict[str, Any]:
         "settings": settings,
         "made": made,
     }
+
+
+def describe_cut(path: Path) -> dict[str, Any] | None:
+    """The same of an evaluation that was cut short, and "finished": by subject, measures; None where there is none."""
+    finished = finished_measures(path)
+    if not finished or _main_file(path) != path:
+        return None
+    _, settings, made = _recorded(path, (_EVALUATION,)) or (_EVALUATION, {}, {})
+    said = {"what": _EVALUATION.what, "command": _EVALUATION.command, "settings": settings, "made": made}
+    return said | {"figures": {}, "metadata": {}, "finished": finished}
 
 
 def check_whole(path: Path) -> None:
@@ -378,9 +389,12 @@ def _grid_table(table: pa.Table) -> Figures:
     return _grid({"saes": table.to_pylist()})
 
 
+_EVALUATION = Result(
+    "evaluate", "evaluation of SAEs", ("subjects", "table", "left_out"), _evaluation, "evaluation.json"
+)
 RESULTS = (
     Result("ms-score", "Monosemanticity Scores", ("latent", "ms", "status", "n_active"), _scores),
-    Result("evaluate", "evaluation of SAEs", ("subjects", "table", "left_out"), _evaluation, "evaluation.json"),
+    _EVALUATION,
     Result("evaluate", "latents of an evaluation", ("latent", "status", "rate_images"), _latents_of_evaluation),
     Result(
         "evaluate", "pairs of latents of an evaluation", ("kind", "latent", "other", "support"), _pairs_of_evaluation

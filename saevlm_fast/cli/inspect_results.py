@@ -16,6 +16,7 @@ def result_rows(description: Description) -> list[tuple[str, str]]:
     if "command_line" in made:
         rows.append(("as", str(made["command_line"])))
     rows += [(f"given: {name}", _text(settings[name])) for name in _MADE_OF if settings.get(name)]
+    rows += [(f"finished: {name}", ", ".join(measures)) for name, measures in description.get("finished", {}).items()]
     for name, value in description["figures"].items():
         rows += _figure_rows(name, value)
     return rows

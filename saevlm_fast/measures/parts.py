@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from saevlm_fast.errors import first_line, while_writing
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.measures.results import PARTS_VERSION, Measured, plain
+from saevlm_fast.measures.results import MEASURES, PARTS_VERSION, Measured, plain
 
 PARTS = "parts"
+COMPARED = "compared-with-"  # begins the name of what is measured of two SAEs
 _TABLES = ("latents", "pairs")
 
 
@@ -38,6 +39,15 @@ def file_name(name: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9._ /-]+", name):
         return found
     return f"{found}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def finished_measures(directory: Path) -> dict[str, list[str]]:
+    """subject, as files have its name -> its finished measures below a directory; empty if there are none."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((directory / PARTS).glob("*/*.json")):
+        if file.stem in MEASURES or file.stem.startswith(COMPARED):
+            found.setdefault(file.parent.name, []).append(file.stem)
+    return found
 
 
 class Parts:

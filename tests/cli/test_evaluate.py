@@ -12,6 +12,7 @@ from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.inspection import inspect
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
 
@@ -267,6 +268,62 @@ def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
         run(*again.split()[1:])
         assert (output / "evaluation.json").is_file()
     assert not (output / ".replacement").exists()
+
+
+def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tmp_path, monkeypatch):
+    """Also where it was moved, where it is to replace another, and where a kill has left no settings."""
+    from saevlm_fast.measures import measure
+
+    output, original = tmp_path / "out", measure.Inputs.work
+
+    def interrupted(self, name, *more):
+        if name == "geometry":
+            raise Interrupted("interrupted")
+        return original(self, name, *more)
+
+    def cut(*more):
+        with monkeypatch.context() as patch:
+            patch.setattr(measure.Inputs, "work", interrupted)
+            run(*words(there, output, *more), code=130)
+
+    cut()
+    found = inspect(output)
+    assert (found["kind"], found["command"], found["complete"]) == ("result", "evaluate", False)
+    finished = [file.stem for file in sorted((output / "parts" / "sae0").glob("*.json"))]
+    assert found["finished"] == {"sae0": finished}
+    assert {"reconstruction", "uniqueness"} <= set(finished)
+    assert "geometry" not in finished
+    text = " ".join(run("inspect", output, "--verify").split())
+    for word in ("finished: sae0 ", ", ".join(finished), "saevlm-fast evaluate", "can be read", "INCOMPLETE"):
+        assert word in text, word
+    assert f"{len(finished)} measures are finished; continue with {found['way_on']}" in text
+    folder = inspect(tmp_path)
+    assert [item["way_on"] for item in folder["contents"]] == [found["way_on"]]
+    assert "INCOMPLETE" in run("inspect", tmp_path)
+    moved = output.rename(tmp_path / "moved")
+    (moved / "settings.toml").rename(tmp_path / "settings.toml")
+    without = run("inspect", moved)
+    assert "the same command and --resume" in without
+    assert "no settings lie beside it" in without
+    (tmp_path / "settings.toml").rename(moved / "settings.toml")
+    way_on = inspect(moved)["way_on"]
+    assert f"--output {moved} --resume" in way_on
+    run(*way_on.split()[1:])
+    assert inspect(moved)["figures"]["saes"] == ["sae0"]
+    moved.rename(output)
+    cut("--force")
+    found = inspect(output)
+    assert found["figures"]["saes"] == ["sae0"]
+    assert found["replacement"]["finished"] == {"sae0": finished}
+    assert "its replacement" in run("inspect", output)
+    run(*found["replacement"]["way_on"].split()[1:])
+    assert "replacement" not in inspect(output)
+
+
+def test_a_folder_of_others_with_parts_is_no_evaluation(tmp_path):
+    (tmp_path / "parts" / "engine").mkdir(parents=True)
+    (tmp_path / "parts" / "engine" / "piston.json").write_text('{"version": 1, "key": "a"}')
+    assert "nothing to inspect in it" in run("inspect", tmp_path, code=2)
 
 
 def test_a_damaged_part_is_made_anew(there, tmp_path):
