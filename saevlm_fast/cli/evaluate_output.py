@@ -86,7 +86,7 @@ def record_of(options: EvaluateArguments, inputs: "Inputs") -> Record:
     """The settings, which repeat the evaluation from anywhere."""
     labels = options.labels if options.labels in (FROM_STORE, NO_LABELS) else _placed(options.labels)
     as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
-    return Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows)
+    return Record("evaluate", as_done, options.output, adds=True, rows=inputs.activations.n_rows)
 
 
 def _write_tables(evaluation: "Evaluation", place: Path) -> None:

@@ -15,6 +15,10 @@ def result_rows(description: Description) -> list[tuple[str, str]]:
     rows = [("holds", description["what"]), ("made by", _made_text(description["command"], made))]
     if "command_line" in made:
         rows.append(("as", str(made["command_line"])))
+    calls = made.get("calls")
+    rows += [
+        ("and", str(each)) for each in (calls if isinstance(calls, list) else ()) if each != made.get("command_line")
+    ]
     rows += [(f"given: {name}", _text(settings[name])) for name in _MADE_OF if settings.get(name)]
     rows += [(f"finished: {name}", ", ".join(measures)) for name, measures in description.get("finished", {}).items()]
     for name, value in description["figures"].items():

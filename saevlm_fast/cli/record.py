@@ -3,6 +3,10 @@
 [train]         every setting that was not left open, as the command's options have it
 [made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
                 followed from the settings and the data
+
+Of work that went on with --resume, command line and working directory are those of the call that gave these settings,
+so that it makes the same from the start. `began` is when that was, and `calls` are all calls, the first one first; the
+rest is of the last.
 """
 
 import os
@@ -27,6 +31,7 @@ from saevlm_fast.settings import settings_of
 from saevlm_fast.urls import redacted_text
 
 SETTINGS_FILE = "settings.toml"
+_ANYWHERE = {"output", "device", "batch_size"}  # settings that make no other result
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
 
 
@@ -58,10 +63,14 @@ def interrupted_run(
 
 
 class Record:
-    """Writes the settings beside a result: once, as soon as there is a place for them."""
+    """Writes the settings beside a result: once, as soon as there is a place for them.
 
-    def __init__(self, command: str, options: Options, result: Path, **resolved: Any):
+    adds: whether --resume may ask for more than the calls before it, as that of evaluate does.
+    """
+
+    def __init__(self, command: str, options: Options, result: Path, adds: bool = False, **resolved: Any):
         self.command, self.options, self.result, self.resolved = command, options, result, resolved
+        self.adds = adds
         self.written = False
 
     def write(self) -> None:
@@ -70,9 +79,9 @@ class Record:
             return
         from saevlm_fast.files import atomic_write, remove_leftovers_of
 
-        made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
-        document = {self.command: recorded(self.options), MADE: made}
-        path = settings_path(self.result)
+        path, settings = settings_path(self.result), recorded(self.options)
+        made = self._with_calls_before(made_by(self.options), settings, path)
+        document = {self.command: settings, MADE: made | ({"resolved": self.resolved} if self.resolved else {})}
         kind: Any = type(self.options)
         known = settings_of(kind).get("output")
         other = "ANOTHER_OUTPUT " if known is not None and known.positional else ""
@@ -82,6 +91,21 @@ class Record:
         with atomic_write(path) as temporary:
             temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
+
+    def _with_calls_before(self, made: dict[str, Any], settings: dict[str, Any], path: Path) -> dict[str, Any]:
+        """`made`, and of what is resumed how it was begun, which the settings in its place say."""
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8")) if getattr(self.options, "resume", False) else {}
+            asked, before = dict(document[self.command]), document[MADE]
+            begun = {"command_line": before["command_line"], "directory": before["directory"]}
+            calls = [*before.get("calls", [before["command_line"]]), made["command_line"]]
+            began = before.get("began", before["at"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return made  # there is nothing before it, or it is damaged
+        as_before = all(asked.get(name) == settings.get(name) for name in {*asked, *settings} - _ANYWHERE)
+        if self.adds and not as_before:
+            begun, began = {}, made["at"]
+        return made | begun | {"began": began, "calls": list(dict.fromkeys(calls))}
 
 
 def check_recorded(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import tomllib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -233,11 +235,25 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()
     monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
-    run("evaluate", "--config", settings, "--resume")  # as it was told
+    first = tomllib.loads(settings.read_text())["made"]
+    again = ("evaluate", "--config", settings, "--resume")
+    run(*again)  # as it was told
+    made = tomllib.loads(settings.read_text())["made"]
+    resumed = shlex.join(["saevlm-fast", *map(str, again)])
+    assert (made["command_line"], made["directory"], made["began"]) == tuple(
+        first[name] for name in ("command_line", "directory", "at")
+    )
+    assert made["calls"] == [first["command_line"], resumed]
+    text = " ".join(run("inspect", output).split())
+    assert f"as {first['command_line']}" in text
+    assert f"and {resumed}" in text
     assert len(ran) == len(set(ran)), "nothing is made twice"
     ran.clear()
     run(*words(there, output, "--resume", saes=3))
     assert {name for name, _ in ran} == {"sae2"}, "an SAE more"
+    made = tomllib.loads(settings.read_text())["made"]
+    assert made["command_line"] == made["calls"][2], "the first call would not measure it"
+    assert (made["calls"][:2], made["began"]) == ([first["command_line"], resumed], made["at"])
     monkeypatch.undo()
     run(*words(there, tmp_path / "unbroken", saes=3))
     both = [json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "unbroken")]
