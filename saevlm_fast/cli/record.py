@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
+from saevlm_fast.cli.from_anywhere import placed
 from saevlm_fast.cli.options import MADE, Options, called, key_of, ordered
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.formats.places import is_remote
 from saevlm_fast.settings import settings_of
 from saevlm_fast.urls import redacted_text
 
@@ -128,14 +128,16 @@ def check_recorded(
     now = recorded(options) | resolved
     for name in sorted((now.keys() | before.keys()) - set(free)):
         was, asked = before.get(name), now.get(name)
+        # An older version wrote a text that names a place as it was given.
+        same = was == asked or (isinstance(was, str) and was == getattr(options, name, None))
         message = (
             f"resume: {called(options, '', name)} is {asked}, but {result} was made with {was}; --force makes it anew"
         )
-        require(was == asked, message)
+        require(same, message)
 
 
 def recorded(options: Options) -> dict[str, Any]:
-    """The settings as TOML has them: paths are absolute, and what was left open is not there."""
+    """The settings as TOML has them: the same from anywhere, and what was left open is not there."""
     values: dict[str, Any] = {}
     cls: Any = type(options)
     for name, known in ordered(cls):
@@ -144,16 +146,9 @@ def recorded(options: Options) -> dict[str, Any]:
             continue
         if not known.recorded or value is None:
             continue
-        value = [_said(each) for each in value] if isinstance(value, tuple) else _said(value)
+        value = [placed(name, each) for each in value] if isinstance(value, tuple) else placed(name, value)
         values[key_of(name, known)] = value
     return values
-
-
-def _said(value: Any) -> Any:
-    """Paths from anywhere the same, URLs without their secrets."""
-    if isinstance(value, Path):
-        return str(value if is_remote(value) else value.absolute())
-    return redacted_text(value) if isinstance(value, str) else value
 
 
 def made_by(options: Options) -> dict[str, Any]:

@@ -199,6 +199,20 @@ def test_scores_of_every_suffix_are_the_same_without_their_settings(suffix, worl
     assert "no settings lie beside it" in run("inspect", tmp_path / f"moved{suffix}")
 
 
+@pytest.mark.parametrize("command", [*RESULTS, "harvest", "train"])
+def test_settings_make_the_same_from_another_directory(command, world, printed, tmp_path, monkeypatch):
+    """All that they name is opened."""
+    result = world / RESULTS[command][0] if command in RESULTS else world / f"made-{command}"
+    settings = result / "settings.toml" if result.is_dir() else result.with_name(f"{result.name}.settings.toml")
+    monkeypatch.chdir(tmp_path)
+    first = printed[f"{command}, planned"]
+    again = run_json(command, "--output", f"again{result.suffix}", "--config", settings, "--dry-run")
+    assert again["dry_run"]
+    assert {name: again[name] for name in ("images", "rows", "latents") if name in again} == {
+        name: first[name] for name in ("images", "rows", "latents") if name in first
+    }
+
+
 def test_a_folder_lists_results(world, printed):
     found = {Path(item["path"]).name: item.get("command") for item in inspect(world)["contents"]}
     assert {output: command for command, (output, _) in RESULTS.items()}.items() <= found.items()
