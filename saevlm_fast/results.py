@@ -28,6 +28,7 @@ SETTINGS_FILE = "settings.toml"  # of cli/record.py, which stands above
 SUFFIXES = (".parquet", ".csv", ".json")
 _MADE = "made"
 _BEST = 3  # latents that are named
+_OF = ("sae", "activations", "codes", "embeddings")  # paths that a table and its settings name
 _REMOVAL = ("removal", "k")  # of a row of erase; the others are what is asked
 
 Held = Any  # a pyarrow.Table, or a record
@@ -94,6 +95,8 @@ def is_record(path: Path) -> bool:
 def describe(found: Found) -> dict[str, Any]:
     """What inspect says of a result beside its path and size: what, command, figures, metadata, settings and made.
 
+    "misfit": why the settings beside it are not its own, and not told, as where a table was replaced without them.
+
     Raises:
         ValueError: it is damaged.
     """
@@ -111,7 +114,10 @@ def describe(found: Found) -> dict[str, Any]:
             raise ValueError(f"{found.path}: {doubt}{reason}") from None
     told, settings, made = found.recorded or (kind, {}, {})
     assert told is not None
-    return {
+    misfit = _misfit(metadata, settings, made)
+    if misfit is not None:
+        settings, made = {}, {}
+    return ({} if misfit is None else {"misfit": misfit}) | {
         "what": told.what,
         "command": told.command,
         "figures": plain(object_of(made.get("resolved")) if figures is None else figures),
@@ -236,6 +242,20 @@ def _recorded(path: Path, kinds: tuple[Result, ...], *also: Path) -> tuple[Resul
         for kind in kinds:
             if isinstance(document.get(kind.command), dict):
                 return kind, document[kind.command], object_of(document.get(_MADE))
+    return None
+
+
+def _misfit(metadata: dict[str, str], settings: Figures, made: Figures) -> str | None:
+    """What a table says that it is of, where the settings beside it say otherwise."""
+    directory = str(made.get("directory", ""))
+    for name in _OF if "calls" not in made else ():  # of one that was resumed the place of each call is not known
+        said, asked = metadata.get(name), settings.get(name)
+        asked = ",".join(map(str, asked)) if isinstance(asked, list) else asked
+        if said is None or not isinstance(asked, str):
+            continue
+        placed = ",".join(os.path.normpath(os.path.join(directory, each)) for each in said.split(","))
+        if asked not in (said, placed):
+            return f"{name} is {said} in it, and {asked} in {SETTINGS_FILE}"
     return None
 
 

@@ -82,7 +82,7 @@ def write_evaluation(options: EvaluateArguments, inputs: "Inputs", evaluation: "
 
 def record_of(options: EvaluateArguments, inputs: "Inputs") -> Record:
     """The settings, which repeat the evaluation from anywhere."""
-    return Record("evaluate", options, options.output, adds=True, rows=inputs.activations.n_rows)
+    return Record("evaluate", options, options.output, rows=inputs.activations.n_rows)
 
 
 def _write_tables(evaluation: "Evaluation", place: Path) -> None:

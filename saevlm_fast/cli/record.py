@@ -26,7 +26,7 @@ from saevlm_fast.cli.from_anywhere import placed
 from saevlm_fast.cli.options import MADE, Options, called, key_of, ordered
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
-from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.errors import Interrupted, require, while_writing
 from saevlm_fast.settings import settings_of
 from saevlm_fast.urls import redacted_text
 
@@ -63,14 +63,10 @@ def interrupted_run(
 
 
 class Record:
-    """Writes the settings beside a result: once, as soon as there is a place for them.
+    """Writes the settings beside a result: once, as soon as there is a place for them."""
 
-    adds: whether --resume may ask for more than the calls before it, as that of evaluate does.
-    """
-
-    def __init__(self, command: str, options: Options, result: Path, adds: bool = False, **resolved: Any):
+    def __init__(self, command: str, options: Options, result: Path, **resolved: Any):
         self.command, self.options, self.result, self.resolved = command, options, result, resolved
-        self.adds = adds
         self.written = False
 
     def write(self) -> None:
@@ -88,7 +84,11 @@ class Record:
         note = f"# Repeat it: saevlm-fast {self.command} {other}--config {path.name}"
         note += "\n" if other else ", and another --output\n"
         remove_leftovers_of(path)  # of one that was killed at this: the output is locked
-        with atomic_write(path) as temporary:
+        kept = ""
+        if not self.result.is_dir():  # it is whole by now, and old settings are of what it has replaced
+            path.unlink(missing_ok=True)
+            kept = f"{self.result} is whole without them; what made it is not beside it"
+        with while_writing("the record of its settings", kept), atomic_write(path) as temporary:
             temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
 
@@ -103,7 +103,7 @@ class Record:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return made  # there is nothing before it, or it is damaged
         as_before = all(asked.get(name) == settings.get(name) for name in {*asked, *settings} - _ANYWHERE)
-        if self.adds and not as_before:
+        if self.options.resume_adds and not as_before:
             begun, began = {}, made["at"]
         return made | begun | {"began": began, "calls": list(dict.fromkeys(calls))}
 

@@ -2,8 +2,10 @@
 
 import builtins
 import contextlib
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import run, run_json
-from saevlm_fast import results
+from saevlm_fast import files, results
 from saevlm_fast.inspection import inspect, verify_inspected
 from small_world import CALLS, build_world, words
 
@@ -233,6 +235,46 @@ def test_settings_of_another_command_are_not_taken_for_a_results(world, printed,
     shutil.copy(world / "scores.parquet", tmp_path / "run" / "scores.parquet")
     found = inspect(tmp_path / "run" / "scores.parquet")
     assert (found["command"], found["made"], found["settings"]) == ("ms-score", {}, {})
+
+
+def test_settings_that_do_not_fit_a_table_are_not_told_as_its_own(world, printed, tmp_path):
+    """Its table was replaced by another's, without its settings."""
+    shutil.copy(world / "scores.parquet", tmp_path / "scores.parquet")
+    settings = (world / "scores.parquet.settings.toml").read_text()
+    (tmp_path / "scores.parquet.settings.toml").write_text(settings)
+    assert "misfit" not in inspect(tmp_path / "scores.parquet")
+    assert f'sae = "{world / "run"}"' in settings
+    other = settings.replace(f'sae = "{world / "run"}"', f'sae = "{world / "language"}"')
+    (tmp_path / "scores.parquet.settings.toml").write_text(other)
+    found = inspect(tmp_path / "scores.parquet")
+    assert (found["command"], found["made"], found["settings"]) == ("ms-score", {}, {})
+    assert found["misfit"] == f"sae is run in it, and {world / 'language'} in settings.toml"
+    text = " ".join(run("inspect", tmp_path / "scores.parquet").split())
+    assert "the settings beside it are of another: sae is run in it" in text
+    assert "given: sae run" in text, "as the table says"
+
+
+@pytest.mark.parametrize("command", ["ms-score", "name", "erase", "human-agreement", "steerability"])
+def test_where_the_settings_find_no_room_the_result_is_said_to_be_whole(command, world, printed, tmp_path, monkeypatch):
+    """With --force it has replaced another, and is not as it was."""
+    monkeypatch.chdir(world)
+    output = tmp_path / f"made{Path(RESULTS[command][0]).suffix}"
+    run(*words(command, output=str(output)))
+    before = output.stat().st_mtime_ns
+    flush = files._fsync_file
+
+    def full(path):
+        if str(path).endswith("settings.toml"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(files, "_fsync_file", full)
+    text = " ".join(run(*words(command, output=str(output)), "--force", code=2).split())
+    assert "while the record of its settings was written" in text
+    assert f"{output} is whole without them; what made it is not beside it" in text
+    assert "as it was" not in text
+    assert output.stat().st_mtime_ns != before
+    assert inspect(output)["made"] == {}, "not by what made the one before"
 
 
 def test_tables_of_others_are_no_results(tmp_path):
