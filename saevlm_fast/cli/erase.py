@@ -240,7 +240,7 @@ def _layers(options: EraseArguments, progress: Path) -> list[dict[str, Any]]:
     from saevlm_fast.measures.results import Measured, plain
 
     opened = open_inputs(options)
-    asked, parts, layers = asked_of(options, opened), Parts(progress), []
+    asked, parts, layers = asked_of(options, opened), Parts(progress, tell), []
     made_of = _made_of(options, opened, asked)
     for number, (path, layer, sae) in enumerate(zip(options.sae, options.layer, opened.saes)):
         units = Latents(sae)

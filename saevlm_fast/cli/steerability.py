@@ -251,7 +251,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
             if few := _too_few(total, config.controls):
                 warn(f"{units.kind}s: {few}")
             with interruptible() as interrupted, Bar(f"{units.kind}s", total, f"{units.kind}s") as bar:
-                parts, subject = Parts(progress), f"{units.kind}-{len(found)}"
+                parts, subject = Parts(progress, tell), f"{units.kind}-{len(found)}"
                 found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
     metadata = {"sae": ",".join(map(str, options.sae)), "model": options.model, "layer": str(options.layer)}
     metadata |= {name: str(value) for name, value in vars(config).items()}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,13 @@ def finished_measures(directory: Path) -> dict[str, list[str]]:
 
 
 class Parts:
-    """Finished measures below a directory; in memory without one."""
+    """Finished measures below a directory; in memory without one.
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+    tell: is told, once, that there are some of another version of this program, which are made anew.
+    """
+
+    def __init__(self, directory: Path | None, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.directory, self._tell, self._told = directory, tell, False
 
     def read(self, subject: str, measure: str, key: str) -> Measured | None:
         """The part that was made of the same, None if there is none, or it is damaged: it is then made anew."""
@@ -64,11 +67,21 @@ class Parts:
         try:
             document = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
             if not isinstance(document, dict) or document.get("key") != key:
+                self._tell_of_version(document)
                 return None
             tables = [_read_columns(stem.with_name(f"{stem.name}.{which}.parquet")) for which in _TABLES]
             return Measured(_with_nan(document["figures"]), *tables)
         except (OSError, ValueError, KeyError, RecursionError, pa.ArrowException):
             return None
+
+    def _tell_of_version(self, document: Any) -> None:
+        version = document.get("version") if isinstance(document, dict) else PARTS_VERSION
+        if version != PARTS_VERSION and not self._told:
+            self._told = True
+            self._tell(
+                f"{self.directory}: what is finished there is of another version of this program (parts of version "
+                f"{version}, here {PARTS_VERSION}): it is made anew"
+            )
 
     def write(self, subject: str, measure: str, key: str, measured: Measured) -> None:
         """The tables first, then what makes them a part."""

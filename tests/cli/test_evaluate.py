@@ -15,6 +15,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect
+from saevlm_fast.measures import measure, parts
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
 
@@ -215,8 +216,6 @@ def test_label_sets_of_a_file(there, tmp_path):
 
 
 def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
-    from saevlm_fast.measures import measure
-
     output = tmp_path / "out"
     ran = []
     original = measure.Inputs.work
@@ -263,8 +262,6 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
 def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
     """Also where there was nothing to replace; what replaces goes on where it was, and the old stays until then."""
-    from saevlm_fast.measures import measure
-
     output, original = tmp_path / "out", measure.Inputs.work
 
     def interrupted(self, name, *more):
@@ -288,8 +285,6 @@ def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
 
 def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tmp_path, monkeypatch):
     """Also where it was moved, where it is to replace another, and where a kill has left no settings."""
-    from saevlm_fast.measures import measure
-
     output, original = tmp_path / "out", measure.Inputs.work
 
     def interrupted(self, name, *more):
@@ -340,6 +335,21 @@ def test_a_folder_of_others_with_parts_is_no_evaluation(tmp_path):
     (tmp_path / "parts" / "engine").mkdir(parents=True)
     (tmp_path / "parts" / "engine" / "piston.json").write_text('{"version": 1, "key": "a"}')
     assert "nothing to inspect in it" in run("inspect", tmp_path, code=2)
+
+
+def test_it_says_so_where_what_is_finished_is_of_an_earlier_version(there, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "PARTS_VERSION", 4)
+        run(*words(there, output))
+    said = " ".join(run(*words(there, output, "--resume")).split())
+    assert (
+        said.count(f"{output}: what is finished there is of another version of this program (parts of version 4") == 1
+    )
+    assert "it is made anew" in said
+    assert "another version" not in run(*words(there, output, "--resume")), "it is of this one now"
+    monkeypatch.setattr(measure, "weights_digest", lambda sae: "another")
+    assert "another version" not in run(*words(there, output, "--resume")), "of another SAE, but of this version"
 
 
 def test_a_damaged_part_is_made_anew(there, tmp_path):
