@@ -337,10 +337,10 @@ def _erased(document: dict[str, Any]) -> Figures:
 
 
 def _layers(found: list[dict[str, Any]]) -> list[Figures]:
-    """Of every SAE what is told before, and without the most latents."""
+    """Of every SAE what is told before, and without the most latents. Version 1 has its table as rows."""
     layers = []
     for each in found:
-        row_of = {(row["removal"], row["k"]): row for row in each["rows"]}
+        row_of = {(row["removal"], row["k"]): row for row in each["table" if "table" in each else "rows"]}
         most = max(k for removal, k in row_of if removal == "latents")
         before, after = row_of["nothing", 0], row_of["latents", most]
         told = {asked: [before[asked]["value"], after[asked]["value"]] for asked in before if asked not in _REMOVAL}
@@ -355,7 +355,7 @@ def _erased_table(table: pa.Table) -> Figures:
         rows = rows_of.setdefault((each["sae"], each["layer"]), {})
         row = rows.setdefault((each["removal"], each["k"]), {"removal": each["removal"], "k": each["k"]})
         row[each["asked"]] = {"value": each["accuracy"]}
-    layers = [{"sae": sae, "layer": layer, "rows": list(rows.values())} for (sae, layer), rows in rows_of.items()]
+    layers = [{"sae": sae, "layer": layer, "table": list(rows.values())} for (sae, layer), rows in rows_of.items()]
     return {"layers": _layers(layers)}
 
 
@@ -365,7 +365,11 @@ def _agreements(document: dict[str, Any]) -> Figures:
 
 
 def _cross_modal(document: dict[str, Any]) -> Figures:
-    return {name: document[name] for name in ("pairs", "kept", "wrong", "latents", "detection") if name in document}
+    names = ("pairs", "kept", "wrong", "latents", "latent_kinds", "detection")
+    figures = {name: document[name] for name in names if name in document}
+    if isinstance(kinds := figures.get("latents"), dict):  # of an older version
+        figures |= {"latents": kinds.pop("all"), "latent_kinds": kinds}
+    return figures
 
 
 def _omegas(table: pa.Table) -> Figures:

@@ -34,15 +34,18 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
         },
     ),
     "report": ("report", lambda said: {name: said[name] for name in ("latents", "images")}),
-    "top-images": ("tops", lambda said: {"latents": len(said["latents"])}),
+    "top-images": ("tops", lambda said: {"latents": said["latents"]}),
     "name": ("names.csv", lambda said: {name: said[name] for name in ("latents", "named")}),
     "steering-score": ("steering.json", lambda said: {name: said[name] for name in ("latents", "conditions")}),
     "steerability": (
         "steerability.parquet",
-        lambda said: {name: said["latents"][name] for name in ("units", "asked", "dead", "s")},
+        lambda said: {name: said["of_latents"][name] for name in ("units", "asked", "dead", "s")},
     ),
     "erase": ("erased.json", lambda said: {"what": said["what"]}),
-    "cross-modal": ("crossed", lambda said: {name: said[name] for name in ("pairs", "kept", "latents")}),
+    "cross-modal": (
+        "crossed",
+        lambda said: {name: said[name] for name in ("pairs", "kept", "latents", "latent_kinds")},
+    ),
     "human-agreement": ("agreement.json", lambda said: {name: said[name] for name in ("pairs", "neurons")}),
 }
 # Of a table that is a part of a result: the command, and what its figures must hold, by the --json or the main file.
@@ -50,8 +53,8 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "erased.csv": ("erase", lambda inspected: {"layers": inspected["figures"]["layers"]}),
     "grid/grid.json": ("train", lambda said: {"rows": 12, "saes": _headlines_of_grid(said)}),
     "grid/grid.parquet": ("train", lambda said: {"saes": _headlines_of_grid(said)}),
-    "moved.neurons.csv": ("steerability", lambda said: {"units": 128, "s": said["neurons"]["s"]}),
-    "crossed/latents.parquet": ("cross-modal", lambda said: {"scored": said["latents"]["scored"]}),
+    "moved.neurons.csv": ("steerability", lambda said: {"units": 128, "s": said["of_neurons"]["s"]}),
+    "crossed/latents.parquet": ("cross-modal", lambda said: {"scored": said["latent_kinds"]["scored"]}),
     "crossed/samples.parquet": ("cross-modal", lambda said: {name: said[name] for name in ("pairs", "kept")}),
     "crossed/patches.parquet": ("cross-modal", lambda said: {"pairs": said["pairs"], "image_tokens": 6 * 36}),
     "evaluation/latents/run.parquet": ("evaluate", lambda said: {"counts": {"defined": 5, "dead": 11}}),
@@ -342,6 +345,45 @@ def test_every_quantity_has_one_name(printed):
             names[_quantity(key)].add(key)
     assert {"dead_share", "images", "std"} <= names.keys(), "they were walked"
     assert {what: sorted(several) for what, several in names.items() if len(several) > 1} == {}
+
+
+# Of how many, in every output; what is a list or a path of these has another name.
+COUNTS = ("images", "latents", "neurons", "rows", "pairs")
+
+
+def test_a_quantity_has_one_type(printed):
+    """In a table's rows the names are those of its columns, as erase's question `images`."""
+    wrong, seen = [], set()
+    for name, output in printed.items():
+        for key, value in _values(output):
+            if key in COUNTS:
+                seen.add(key)
+                wrong += [] if type(value) is int or value is None else [(name, key, value)]
+    assert seen == set(COUNTS), "they were walked"
+    assert wrong == []
+
+
+def _values(value: Any) -> Iterator[tuple[str, Any]]:
+    for each in value if isinstance(value, list) else ():
+        yield from _values(each)
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if key not in (*OTHERS_MAKE_THE_KEYS, "table"):
+            yield key, each
+            yield from _values(each)
+
+
+def test_results_of_before_a_quantity_had_one_type_are_read(world, printed, tmp_path):
+    document = json.loads((world / "erased.json").read_text())
+    older = [{("rows" if key == "table" else key): each for key, each in layer.items()} for layer in document["layers"]]
+    (tmp_path / "erased.json").write_text(json.dumps(document | {"version": 1, "layers": older}))
+    assert inspect(tmp_path / "erased.json")["figures"] == inspect(world / "erased.json")["figures"]
+    document = json.loads((world / "crossed" / "cross_modal.json").read_text())
+    del document["sha256"]
+    kinds = document.pop("latent_kinds")
+    (tmp_path / "crossed").mkdir()
+    older = document | {"latents": {"all": document["latents"], **kinds}}
+    (tmp_path / "crossed" / "cross_modal.json").write_text(json.dumps(older))
+    assert inspect(tmp_path / "crossed")["figures"] == inspect(world / "crossed")["figures"]
 
 
 def test_two_names_would_be_found():
