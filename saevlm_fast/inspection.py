@@ -8,6 +8,7 @@ everything the dict speaks of. cli/inspect_table.py turns it into the short tabl
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ KINDS = (
     "a folder holding some of these, a matrix file (.npy, .safetensors, .pt), or what a command wrote, as ms-score's "
     "tables and an evaluation"
 )
+_WITHOUT_SETTINGS = {  # how what was cut goes on, where no command has left its settings
+    "train": "the same call and resume=True",
+    "evaluate": "the same command and --resume, or in Python the same call",
+}
 _TENSORS = (".safetensors", ".pt", ".pth", ".bin", ".npz")  # files that may be half an SAE
 Description = dict[str, Any]
 
@@ -77,25 +82,26 @@ def inspect(path: str | Path) -> Description:
     if not path.is_dir():
         return _matrix_or_sae(path)
     children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    contents = [child for child in children if (child.is_dir() or results.has_record(child)) and _describer(child)]
-    if not contents:
+    looked = {child: _sound_or_damaged(child) for child in children if child.is_dir() or results.has_record(child)}
+    described = [item for item in looked.values() if item is not None]
+    if not described:
         nearly = registry.nearly(Source(path))
         meant = meant_in(sorted(path.iterdir()))
         raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}{meant}")
-    described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),
         "kind": "folder",
         "bytes": sum(item["bytes"] for item in described),
         "contents": described,
-        "others": sum(child not in contents and not results.is_record(child) for child in children),
+        "others": sum(looked.get(child) is None and not results.is_record(child) for child in children),
     } | _way_on_of_all(path, described)
 
 
-def _sound_or_damaged(child: Path) -> Description:
-    """Of a damaged one among several, what is wrong with it."""
+def _sound_or_damaged(child: Path) -> Description | None:
+    """Of one among several what it is, or what is wrong with it; None of what is nothing that is known."""
     try:
-        return inspect(child)
+        describe = _describer(child)
+        return None if describe is None else describe(child)
     except (ValueError, OSError) as error:
         return {"path": str(child), "kind": "damaged", "bytes": 0, "complete": False, "damage": str(error)}
 
@@ -104,8 +110,12 @@ def _describer(path: Path) -> Callable[[Path], Description] | None:
     for name, describe in ((STORE_FILE, _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
         if (path / name).is_file():
             return describe
-    if path.exists() and results.known(path):
-        return _result
+    found = results.find(path) if path.exists() else None
+    if found is not None:
+        return partial(_result, found=found)
+    cut = results.describe_cut(workplace(path)) if path.is_dir() else None
+    if cut is not None:
+        return partial(_cut_evaluation, cut=cut)
     return _sae if _is_sae(path) else None
 
 
@@ -213,7 +223,7 @@ def _run(path: Path) -> Description:
     description = {
         "path": str(path),
         "kind": "run",
-        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "bytes": _bytes_in(path),
         "complete": complete,
         "steps": settings["train"]["steps"],
         "steps_taken": settings["train"]["steps"] if complete else max(saved, default=0),
@@ -231,19 +241,19 @@ def _run(path: Path) -> Description:
     return description if complete else description | {"way_on": _resumed(path)}
 
 
-def _resumed(path: Path) -> str:
-    """What goes on with a run, also where it was moved, or is a copy."""
+def _resumed(path: Path, command: str = "train") -> str:
+    """What goes on with a run or an evaluation, also where it was moved, or is a copy."""
     settings = path / results.SETTINGS_FILE
     if not settings.is_file():
-        return "the same call and resume=True"
+        return _WITHOUT_SETTINGS[command]
     here = path.parent if workplace(path.parent) == path else path
     try:
-        output = Path(tomllib.loads(settings.read_text(encoding="utf-8"))["train"]["output"])
+        output = Path(tomllib.loads(settings.read_text(encoding="utf-8"))[command]["output"])
         moved = not (output.exists() and output.samefile(here))
     except (OSError, ValueError, KeyError, TypeError):
         moved = False  # whoever resumes with it is told what is wrong
     to = f" --output {shlex.quote(str(here))}" if moved else ""
-    return f"saevlm-fast train --config {shlex.quote(str(settings))}{to} --resume"
+    return f"saevlm-fast {command} --config {shlex.quote(str(settings))}{to} --resume"
 
 
 def _way_on_of_all(path: Path, contents: list[Description]) -> Description:
@@ -270,10 +280,22 @@ def _matrix_or_sae(path: Path) -> Description:
         ) from None
 
 
-def _result(path: Path) -> Description:
+def _result(path: Path, found: results.Found) -> Description:
+    described = {"path": str(path), "kind": "result", "bytes": _bytes_in(path)} | results.describe(found)
+    replacement = workplace(path)
+    cut = results.describe_cut(replacement) if path.is_dir() and replacement != path else None
+    return described | ({} if cut is None else {"replacement": _cut_evaluation(replacement, cut)})
+
+
+def _cut_evaluation(path: Path, cut: Description) -> Description:
+    """What was to be an evaluation, or to replace one: what is finished of it, and how it goes on."""
+    way_on = _resumed(workplace(path), "evaluate")
+    return {"path": str(path), "kind": "result", "bytes": _bytes_in(path), "complete": False, "way_on": way_on} | cut
+
+
+def _bytes_in(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
-    n_bytes = sum(file.stat().st_size for file in files if file.is_file())
-    return {"path": str(path), "kind": "result", "bytes": n_bytes} | results.describe(path)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _matrix(path: str) -> Description:

@@ -269,14 +269,16 @@ def _try(file: Path, exclusive: bool) -> int | None:
     """The locked file; None if it was removed meanwhile. BlockingIOError: who holds it."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
-        _lock(descriptor, exclusive)
+        with _removed_if_unusable(file, descriptor):
+            _lock(descriptor, exclusive)
         if not _is_lock(descriptor):
             raise FileExistsError(errno.EEXIST, "it is in the way, and holds no lock of ours", str(file))
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 if exclusive:
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+                    with _removed_if_unusable(file, descriptor):
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
     except BlockingIOError as error:
         holder = _holder(os.pread(descriptor, 1 << 12, 0))
@@ -287,6 +289,22 @@ def _try(file: Path, exclusive: bool) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+@contextmanager
+def _removed_if_unusable(file: Path, descriptor: int) -> Iterator[None]:
+    """A lock file that holds nothing goes where it cannot be locked (by anyone: a file system without locks), or where
+    who has locked it cannot write into it. OSError: why, with the file's name."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _is_lock(descriptor: int) -> bool:

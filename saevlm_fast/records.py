@@ -21,7 +21,7 @@ from saevlm_fast.files import atomic_write
 
 SEAL = "sha256"
 _DEEPEST = 100  # nested lists and objects; ours have seven
-_LARGEST = 1 << 28  # bytes of a record; the index of ten thousand shards has three million
+LARGEST = 1 << 28  # bytes of a record; the index of ten thousand shards has three million
 _ZEROS = "0" * 64
 _SEALED = re.compile(rb'"sha256"\s*:\s*"([^"]*)"\s*\}\s*\Z')
 _I64 = (1 << 63) - 1
@@ -100,7 +100,7 @@ def read_record(
     path = Path(path)
     require(path.is_file(), f"{path}: no such file", error)
     n_bytes = path.stat().st_size
-    require(n_bytes <= _LARGEST, f"{path}: {n_bytes} bytes; a record has at most {_LARGEST}", error)
+    require(n_bytes <= LARGEST, f"{path}: {n_bytes} bytes; a record has at most {LARGEST}", error)
     data = path.read_bytes()
     value = parse_json(data, path, error)
     require(isinstance(value, dict), f"{path}: it holds {_shown(value)}; an object is needed", error)

@@ -17,40 +17,69 @@ import pyarrow.csv as pa_csv
 
 from saevlm_fast.data.parquet import open_table
 from saevlm_fast.errors import first_line, require
+from saevlm_fast.files import human_bytes
 from saevlm_fast.look.tables import read_table
+from saevlm_fast.measures.parts import finished_measures
 from saevlm_fast.measures.results import Figures, plain
-from saevlm_fast.records import Fields, object_of, read_record
+from saevlm_fast.records import LARGEST, Fields, object_of, read_record
 from saevlm_fast.steering.table import COLUMNS, scores_of_rows
 
 SETTINGS_FILE = "settings.toml"  # of cli/record.py, which stands above
 SUFFIXES = (".parquet", ".csv", ".json")
 _MADE = "made"
 _BEST = 3  # latents that are named
+_OF = ("sae", "activations", "codes", "embeddings")  # paths that a table and its settings name
 _REMOVAL = ("removal", "k")  # of a row of erase; the others are what is asked
 
 Held = Any  # a pyarrow.Table, or a record
 
 
 class Result(NamedTuple):
-    """A kind of result: the command, what it is for people, entries that no other has, its numbers, and its file where
-    it is a directory."""
+    """A kind of result.
+
+    Attributes:
+        command: that wrote it. what: it is, for people. entries: that no other has. figures: its main numbers.
+        file: that tells it, where it is a directory. beside: the file of whose settings it is a part.
+        columns: of a table that may be large, those that the numbers are of; all if none.
+    """
 
     command: str
     what: str
     entries: tuple[str, ...]
     figures: Callable[[Any], Figures]
     file: str | None = None
+    beside: Callable[[Path], Path] | None = None
+    columns: tuple[str, ...] = ()
 
 
-def known(path: Path) -> bool:
-    """Whether something is a result, be it a damaged one."""
+class Found(NamedTuple):
+    """A result, be it a damaged one, before its numbers are looked at.
+
+    Attributes:
+        path: of the result. contents: of it, or of its main file. kind: as its columns or entries tell; None of a
+            picture or a page. damage: why they tell nothing. recorded: by the settings beside it.
+    """
+
+    path: Path
+    contents: "_Contents"
+    kind: "Result | None"
+    damage: ValueError | None
+    recorded: "tuple[Result, Figures, Figures] | None"
+
+
+def find(path: Path) -> Found | None:
+    """A result, and what was read to know it, so that it is read once; None of what is none."""
     main = _main_file(path)
     if path.is_dir() and main == path:
-        return False
+        return None
+    contents, kind, damage = _Contents(main), None, None
     try:
-        return _kind_of(main) is not None or _recorded(path, RESULTS) is not None
-    except (OSError, ValueError):
-        return _recorded(path, RESULTS) is not None
+        kind = contents.kind()
+    except (OSError, ValueError) as error:
+        damage = error if isinstance(error, ValueError) else ValueError(f"{main}: {first_line(error)}")
+    recorded = _recorded(path, RESULTS if kind is None else (kind,), *_around(path, kind))
+    is_one = kind is not None or recorded is not None or isinstance(damage, _TooLarge)
+    return Found(path, contents, kind, damage, recorded) if is_one else None
 
 
 def has_record(path: Path) -> bool:
@@ -63,29 +92,34 @@ def is_record(path: Path) -> bool:
     return path.name == SETTINGS_FILE or path.name.endswith(f".{SETTINGS_FILE}")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(found: Found) -> dict[str, Any]:
     """What inspect says of a result beside its path and size: what, command, figures, metadata, settings and made.
+
+    "misfit": why the settings beside it are not its own, and not told, as where a table was replaced without them.
 
     Raises:
         ValueError: it is damaged.
     """
-    main = _main_file(path)
-    kind, figures, metadata = _kind_of(main), None, {}
-    record = _recorded(path, RESULTS if kind is None else (kind,), *_around(path, kind))
+    if found.damage is not None:
+        raise found.damage
+    kind, figures, metadata = found.kind, None, {}
     if kind is not None:
-        held = _held(main)
         try:
+            held = found.contents.held(kind.columns)
             figures, metadata = kind.figures(held), _metadata(held)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
             reason = f"damaged, it is not what {kind.command} writes ({first_line(error)})"
             # Without its settings it may as well be somebody else's that has such columns or entries.
-            raise ValueError(f"{path}: {'' if record else 'no result of a command, or '}{reason}") from None
-    require(kind is not None or record is not None, f"{path}: no result of a command")
-    found, settings, made = record or (kind, {}, {})
-    assert found is not None
-    return {
-        "what": found.what,
-        "command": found.command,
+            doubt = "" if found.recorded else "no result of a command, or "
+            raise ValueError(f"{found.path}: {doubt}{reason}") from None
+    told, settings, made = found.recorded or (kind, {}, {})
+    assert told is not None
+    misfit = _misfit(metadata, settings, made)
+    if misfit is not None:
+        settings, made = {}, {}
+    return ({} if misfit is None else {"misfit": misfit}) | {
+        "what": told.what,
+        "command": told.command,
         "figures": plain(object_of(made.get("resolved")) if figures is None else figures),
         "metadata": metadata,
         "settings": settings,
@@ -93,10 +127,20 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def describe_cut(path: Path) -> dict[str, Any] | None:
+    """The same of an evaluation that was cut short, and "finished": by subject, measures; None where there is none."""
+    finished = finished_measures(path)
+    if not finished or _main_file(path) != path:
+        return None
+    _, settings, made = _recorded(path, (_EVALUATION,)) or (_EVALUATION, {}, {})
+    said = {"what": _EVALUATION.what, "command": _EVALUATION.command, "settings": settings, "made": made}
+    return said | {"figures": {}, "metadata": {}, "finished": finished}
+
+
 def check_whole(path: Path) -> None:
     """Reads every table and every record of a result. ValueError: which one is damaged."""
     for file in sorted(each for each in (path.rglob("*") if path.is_dir() else [path]) if each.suffix in SUFFIXES):
-        _held(file)
+        _Contents(file).held()
 
 
 def _main_file(path: Path) -> Path:
@@ -104,35 +148,66 @@ def _main_file(path: Path) -> Path:
     return next((file for file in files if file.is_file()), path)
 
 
-def _kind_of(path: Path) -> Result | None:
-    """By the columns of a table, or the entries of a record; None of another file. ValueError: it is damaged."""
-    names = set(_names(path)) if path.suffix in SUFFIXES and path.is_file() else set()  # a pipe would wait for ever
-    return next((each for each in RESULTS if names.issuperset(each.entries)), None)
+class _TooLarge(ValueError):
+    """JSON that is not read: whose it is stays unknown."""
 
 
-def _names(path: Path) -> list[str]:
-    """Of columns or entries; of a table no more is read, for it may be anybody's, and large."""
-    if path.suffix == ".json":
-        held = _held(path)
-        return list(held) if isinstance(held, dict) else held.column_names
-    try:
-        if path.suffix == ".parquet":
-            with open_table(path) as file:
-                return list(file.schema_arrow.names)
-        with pa.OSFile(os.fsencode(path)) as file, pa_csv.open_csv(file) as reader:
-            return list(reader.schema.names)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a table: {first_line(error)}") from None
+class _Contents:
+    """A file that may be a result. JSON is read once, however often it is asked; of a table, first its columns alone,
+    for it may be anybody's, and large."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._record: dict[str, Any] | None = None
+
+    def kind(self) -> Result | None:
+        """By the columns of a table, or the entries of a record; None of another file. ValueError: it is damaged."""
+        is_one = self.path.suffix in SUFFIXES and self.path.is_file()  # a pipe would wait for ever
+        names = set(self._names()) if is_one else set()
+        return next((each for each in RESULTS if names.issuperset(each.entries)), None)
+
+    def held(self, columns: tuple[str, ...] = ()) -> Held:
+        """The table, or the record; JSON may be a record of a table's metadata and rows. ValueError: neither.
+
+        columns: of a table, if they are enough.
+        """
+        if self.path.suffix != ".json":
+            return read_table(self.path, columns)
+        record = self._json()
+        if not _is_table(record):
+            return record
+        try:
+            table = pa.Table.from_pylist(record["latents"])
+        except (pa.ArrowException, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path}: not a table of latents: {first_line(error)}") from None
+        return table.replace_schema_metadata({name: str(value) for name, value in record["metadata"].items()})
+
+    def _names(self) -> list[str]:
+        """Of columns or entries."""
+        if self.path.suffix == ".json":
+            record = self._json()
+            rows = record["latents"] if _is_table(record) else [record]
+            return list(rows[0]) if rows and isinstance(rows[0], dict) else []
+        try:
+            if self.path.suffix == ".parquet":
+                with open_table(self.path) as file:
+                    return list(file.schema_arrow.names)
+            with pa.OSFile(os.fsencode(self.path)) as file, pa_csv.open_csv(file) as reader:
+                return list(reader.schema.names)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{self.path}: not a table: {first_line(error)}") from None
+
+    def _json(self) -> dict[str, Any]:
+        if self._record is None:
+            size = self.path.stat().st_size
+            message = f"{self.path}: {human_bytes(size)} of JSON; at most {human_bytes(LARGEST)} are read to know whose"
+            require(size <= LARGEST, message, _TooLarge)
+            self._record = read_record(self.path, Fields())
+        return self._record
 
 
-def _held(path: Path) -> Held:
-    """The table, or the record, in a file; JSON may be a record of a table's metadata and rows. ValueError: neither."""
-    if path.suffix != ".json":
-        return read_table(path)
-    record = read_record(path, Fields())
-    if not (isinstance(record.get("metadata"), dict) and isinstance(record.get("latents"), list)):
-        return record
-    return read_table(path).replace_schema_metadata({name: str(value) for name, value in record["metadata"].items()})
+def _is_table(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("metadata"), dict) and isinstance(record.get("latents"), list)
 
 
 def _metadata(held: Held) -> dict[str, str]:
@@ -149,8 +224,10 @@ def _beside(path: Path) -> Path:
 
 
 def _around(path: Path, kind: Result | None) -> Iterator[Path]:
-    """Settings of directories that a file may be a part of, as evaluation.json and its tables are."""
+    """Settings of the file, or of directories, that a file may be a part of, as tables of an evaluation are."""
     if kind is not None and path.is_file():
+        if kind.beside is not None:
+            yield _beside(kind.beside(path))
         yield from (folder / SETTINGS_FILE for folder in path.absolute().parents[:2])
 
 
@@ -165,6 +242,20 @@ def _recorded(path: Path, kinds: tuple[Result, ...], *also: Path) -> tuple[Resul
         for kind in kinds:
             if isinstance(document.get(kind.command), dict):
                 return kind, document[kind.command], object_of(document.get(_MADE))
+    return None
+
+
+def _misfit(metadata: dict[str, str], settings: Figures, made: Figures) -> str | None:
+    """What a table says that it is of, where the settings beside it say otherwise."""
+    directory = str(made.get("directory", ""))
+    for name in _OF if "calls" not in made else ():  # of one that was resumed the place of each call is not known
+        said, asked = metadata.get(name), settings.get(name)
+        asked = ",".join(map(str, asked)) if isinstance(asked, list) else asked
+        if said is None or not isinstance(asked, str):
+            continue
+        placed = ",".join(os.path.normpath(os.path.join(directory, each)) for each in said.split(","))
+        if asked not in (said, placed):
+            return f"{name} is {said} in it, and {asked} in {SETTINGS_FILE}"
     return None
 
 
@@ -220,6 +311,11 @@ def _top_images(table: pa.Table) -> Figures:
     return {name: len(table[column].unique()) for name, column in (("latents", "latent"), ("images_shown", "image"))}
 
 
+def _pairs_of_evaluation(table: pa.Table) -> Figures:
+    kinds = table["kind"].value_counts().to_pylist()
+    return {"latent_pairs": len(table), "kinds": {each["values"]: each["counts"] for each in kinds}}
+
+
 def _latents_of_evaluation(table: pa.Table) -> Figures:
     return {"latents": len(table), "counts": _counts(table)}
 
@@ -237,15 +333,30 @@ def _evaluation(document: dict[str, Any]) -> Figures:
 
 
 def _erased(document: dict[str, Any]) -> Figures:
-    """Of every SAE what is told before, and without the most latents."""
+    return {"what": document["what"], "layers": _layers(document["layers"])}
+
+
+def _layers(found: list[dict[str, Any]]) -> list[Figures]:
+    """Of every SAE what is told before, and without the most latents. Version 1 has its table as rows."""
     layers = []
-    for each in document["layers"]:
-        row_of = {(row["removal"], row["k"]): row for row in each["rows"]}
+    for each in found:
+        row_of = {(row["removal"], row["k"]): row for row in each["table" if "table" in each else "rows"]}
         most = max(k for removal, k in row_of if removal == "latents")
         before, after = row_of["nothing", 0], row_of["latents", most]
         told = {asked: [before[asked]["value"], after[asked]["value"]] for asked in before if asked not in _REMOVAL}
         layers.append({"sae": each["sae"], "layer": each["layer"], "k": most, **told})
-    return {"what": document["what"], "layers": layers}
+    return layers
+
+
+def _erased_table(table: pa.Table) -> Figures:
+    """The same of the table."""
+    rows_of: dict[tuple[Any, Any], dict[tuple[str, int], Figures]] = {}
+    for each in table.to_pylist():
+        rows = rows_of.setdefault((each["sae"], each["layer"]), {})
+        row = rows.setdefault((each["removal"], each["k"]), {"removal": each["removal"], "k": each["k"]})
+        row[each["asked"]] = {"value": each["accuracy"]}
+    layers = [{"sae": sae, "layer": layer, "table": list(rows.values())} for (sae, layer), rows in rows_of.items()]
+    return {"layers": _layers(layers)}
 
 
 def _agreements(document: dict[str, Any]) -> Figures:
@@ -254,7 +365,38 @@ def _agreements(document: dict[str, Any]) -> Figures:
 
 
 def _cross_modal(document: dict[str, Any]) -> Figures:
-    return {name: document[name] for name in ("pairs", "kept", "wrong", "latents", "detection") if name in document}
+    names = ("pairs", "kept", "wrong", "latents", "latent_kinds", "detection")
+    figures = {name: document[name] for name in names if name in document}
+    if isinstance(kinds := figures.get("latents"), dict):  # of an older version
+        figures |= {"latents": kinds.pop("all"), "latent_kinds": kinds}
+    return figures
+
+
+def _omegas(table: pa.Table) -> Figures:
+    omega = _column(table, "omega")
+    scored = omega[~np.isnan(omega)]
+    figures: Figures = {"latents": len(table), "scored": len(scored), "omega": scored.mean() if len(scored) else np.nan}
+    return figures | {"best_latents": _best(table, "omega", "latent")}
+
+
+def _pairs_of_text_and_image(table: pa.Table) -> Figures:
+    counts = {name: int(_column(table, name).sum()) for name in ("kept", "wrong") if name in table.column_names}
+    return {"pairs": len(table), **counts}
+
+
+def _image_tokens(table: pa.Table) -> Figures:
+    kept = int(_column(table, "kept").sum())
+    return {"pairs": len(table["sample"].unique()), "image_tokens": len(table), "kept_tokens": kept}
+
+
+def _patch_test(table: pa.Table) -> Figures:
+    """What the model says of the captions, by filter and share of the image tokens."""
+    means = table.group_by(["filter", "share"]).aggregate([("log_prob", "mean"), ("right", "mean")]).to_pylist()
+    said = {
+        f"{row['filter']} {row['share']:g}": {"log_prob": row["log_prob_mean"], "right": row["right_mean"]}
+        for row in means
+    }
+    return {"pairs": len(table["image"].unique()), "filters": said}
 
 
 def _report(document: dict[str, Any]) -> Figures:
@@ -264,20 +406,56 @@ def _report(document: dict[str, Any]) -> Figures:
 def _grid(document: dict[str, Any]) -> Figures:
     names = ("explained_variance", "l0", "ms_mean")
     saes = {each["name"]: {name: each[name] for name in names if name in each} for each in document["saes"]}
-    return {"rows": document["rows"], "saes": saes}
+    return {name: document[name] for name in ("rows",) if name in document} | {"saes": saes}
 
 
+def _grid_table(table: pa.Table) -> Figures:
+    return _grid({"saes": table.to_pylist()})
+
+
+_EVALUATION = Result(
+    "evaluate", "evaluation of SAEs", ("subjects", "table", "left_out"), _evaluation, "evaluation.json"
+)
 RESULTS = (
     Result("ms-score", "Monosemanticity Scores", ("latent", "ms", "status", "n_active"), _scores),
-    Result("evaluate", "evaluation of SAEs", ("subjects", "table", "left_out"), _evaluation, "evaluation.json"),
+    _EVALUATION,
     Result("evaluate", "latents of an evaluation", ("latent", "status", "rate_images"), _latents_of_evaluation),
+    Result(
+        "evaluate", "pairs of latents of an evaluation", ("kind", "latent", "other", "support"), _pairs_of_evaluation
+    ),
     Result("report", "report, pages about latents", ("format", "title", "latents", "images"), _report, "report.json"),
     Result("top-images", "top images of latents", ("latent", "rank", "image"), _top_images, "top_images.parquet"),
     Result("name", "names of latents", ("latent", "name", "score", "margin"), _names_of_latents),
     Result("steering-score", "steering scores", ("latent", "n_top", "steered", "unsteered"), _steering_scores),
-    Result("steerability", "what a CLIP says when units move", ("status", "density", "s", "concept"), _steerability),
+    Result(
+        "steerability",
+        "what a CLIP says when units move",
+        ("latent", "status", "density", "s", "concept"),
+        _steerability,
+    ),
+    Result(
+        "steerability",
+        "what a CLIP says when neurons move",
+        ("neuron", "status", "s", "concept"),
+        _steerability,
+        beside=lambda path: path.with_name(path.name.replace(".neurons.", ".")),
+    ),
     Result("erase", "what a CLIP says without latents", ("what", "layers"), _erased),
+    Result(
+        "erase",
+        "what a CLIP says without latents, a row a number",
+        ("removal", "k", "asked", "accuracy"),
+        _erased_table,
+        beside=lambda path: path.with_suffix(".json"),
+    ),
     Result("cross-modal", "latents and pairs of SAE-V", ("pairs", "kept", "latents"), _cross_modal, "cross_modal.json"),
+    Result("cross-modal", "latents of SAE-V", ("latent", "omega", "n_text", "n_image"), _omegas),
+    Result(
+        "cross-modal", "image tokens of SAE-V", ("sample", "patch", "kept"), _image_tokens, columns=("sample", "kept")
+    ),
+    Result("cross-modal", "pairs of SAE-V", ("image", "shuffled", "co_occurrence", "kept"), _pairs_of_text_and_image),
+    Result("cross-modal", "test of patch filters", ("image", "filter", "share", "log_prob"), _patch_test),
     Result("human-agreement", "scores against people", ("benchmark", "pairs", "scores"), _agreements),
     Result("train", "SAEs of one pass", ("rows", "of", "saes"), _grid),
+    Result("train", "SAEs of one pass, a row an SAE", ("name", "architecture", "d_sae", "l0"), _grid_table),
 )

@@ -1,6 +1,7 @@
 """Outputs: their lock, which keeps processes apart (the other one is a child of this), and their replacement."""
 
 import errno
+import fcntl
 import gc
 import json
 import multiprocessing
@@ -254,6 +255,26 @@ def test_of_what_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
     ):
         pytest.fail("it cannot be written")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("fails", ["pwrite", "ftruncate", "lockf"])
+@pytest.mark.parametrize("directory", [True, False])
+def test_of_a_lock_that_cannot_be_taken_nothing_is_left(tmp_path, monkeypatch, fails, directory):
+    """A full disk, on which a name fits and no byte; a file system that has no locks."""
+    reason = errno.ENOLCK if fails == "lockf" else errno.ENOSPC
+
+    def failing(*arguments):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl if fails == "lockf" else os, fails, failing)
+    for output in (tmp_path / "out", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with (
+            pytest.raises(ValueError, match=rf"cannot be written: {os.strerror(reason)} \(.*\.lock\)$"),
+            output_lock(output, directory=directory),
+        ):
+            pytest.fail("it cannot be locked")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def no_space(path, data):

@@ -202,10 +202,10 @@ def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
 
 
 def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
-    latents = summary["latents"]
+    kinds = summary["latent_kinds"]
     say(
-        f"{latents['scored']:,} of {latents['all']:,} latents have an omega, {latents['text_only']:,} are of text "
-        f"alone, {latents['image_only']:,} of images alone, {latents['rare']:,} too rare"
+        f"{kinds['scored']:,} of {summary['latents']:,} latents have an omega, {kinds['text_only']:,} are of text "
+        f"alone, {kinds['image_only']:,} of images alone, {kinds['rare']:,} too rare"
     )
     if summary["detection"]:
         rows = [

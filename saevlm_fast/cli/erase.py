@@ -220,7 +220,7 @@ def erase(options: EraseArguments) -> dict[str, Any]:
         check(options)
         with goes_on("the same command goes on with the first SAE that is not finished"):
             layers = _layers(options, progress)
-        document = {"format": "saevlm-fast erase", "version": 1, "what": options.what, "layers": layers}
+        document = {"format": "saevlm-fast erase", "version": 2, "what": options.what, "layers": layers}
         begin_writing(options.files, progress, options.force)
         write_accuracies(options.output.with_suffix(".csv"), layers)
         write_accuracy_picture(options.picture, layers, f"{options.what} taken out of {options.model}")
@@ -240,7 +240,7 @@ def _layers(options: EraseArguments, progress: Path) -> list[dict[str, Any]]:
     from saevlm_fast.measures.results import Measured, plain
 
     opened = open_inputs(options)
-    asked, parts, layers = asked_of(options, opened), Parts(progress), []
+    asked, parts, layers = asked_of(options, opened), Parts(progress, tell), []
     made_of = _made_of(options, opened, asked)
     for number, (path, layer, sae) in enumerate(zip(options.sae, options.layer, opened.saes)):
         units = Latents(sae)
@@ -267,7 +267,7 @@ def _made_of(options: EraseArguments, opened: Opened, asked: Asked) -> dict[str,
     """What a finished layer follows from, beside the layer and its SAE."""
     every = {"what": asked.train} | {name: question.told for name, question in asked.questions.items()}
     return {
-        "version": 2,
+        "version": 3,
         "tower": opened.tower.description(),
         "images": [opened.train[0].fingerprint(), opened.test[0].fingerprint(), opened.train[1], opened.test[1]],
         "told": {name: [told.y_N.tolist(), told.group_N.tolist(), told.groups] for name, told in every.items()},
@@ -306,15 +306,15 @@ def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
     from saevlm_fast.clip_steering.erasing import LEAST_OF_GROUP
 
     for each in layers:
-        rows = each["rows"]
+        rows = each["table"]
         columns = [name for name in rows[0] if name not in ("removal", "k")]
-        say(f"layer {each['layer']}, {each['sae']}: latents {', '.join(map(str, each['latents'][:8]))}")
+        say(f"layer {each['layer']}, {each['sae']}: latents {', '.join(map(str, each['chosen_latents'][:8]))}")
         cells = [
             (f"{row['removal']} {row['k'] or ''}".strip(), *(_cell(row[name]) for name in columns)) for row in rows
         ]
         print_wide_table(("taken out", *columns), cells)
     if options.what == WORDS:
-        clean, attacked, nonsense = (layers[0]["rows"][0][name] for name in ("clean", "attacked", "nonsense"))
+        clean, attacked, nonsense = (layers[0]["table"][0][name] for name in ("clean", "attacked", "nonsense"))
         if not attacked["value"] < nonsense["interval"][0]:
             say(
                 f"{options.model} is not shown to read these words: nonsense in their place costs about as much "

@@ -21,7 +21,7 @@ def flat(layers: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns, one row for each layer, removal, k and question; worst: of its group. None where there is none."""
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for layer in layers:
-        for row in layer["rows"]:
+        for row in layer["table"]:
             for question in _questions([layer]):
                 figures, worst = row[question], row[question].get("worst") or {}
                 low, high = figures["interval"]
@@ -62,7 +62,7 @@ def write_accuracy_picture(path: Path, layers: Sequence[dict[str, Any]], title: 
         parts.append(f'<text x="{left + _WIDTH / 2}" y="{_TOP - 8}" class="middle">{above}</text>')
         for line, question in enumerate(questions):
             top = _TOP + line * (_HEIGHT + _GAP)
-            parts += _panel(left, top, layer["rows"], question)
+            parts += _panel(left, top, layer["table"], question)
             if column == 0:
                 said = question if len(question) <= _SHOWN_TO else f"…{question[1 - _SHOWN_TO :]}"
                 turned = f'transform="translate({left - 44},{top + _HEIGHT / 2:.0f}) rotate(-90)"'
@@ -81,12 +81,12 @@ def write_accuracy_picture(path: Path, layers: Sequence[dict[str, Any]], title: 
 
 
 def _questions(layers: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for name in layers[0]["rows"][0] if name not in ("removal", "k")]
+    return [name for name in layers[0]["table"][0] if name not in ("removal", "k")]
 
 
 def _legend(layers: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
     """The lines' names, and where the last of them ends: one layer's panel is narrower."""
-    there = {row["removal"] for layer in layers for row in layer["rows"]}
+    there = {row["removal"] for layer in layers for row in layer["table"]}
     parts, x = [], _LEFT
     for name, (colour, dashes) in _LINES.items():
         if name in there:

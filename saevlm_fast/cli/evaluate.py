@@ -16,7 +16,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
 from saevlm_fast.cli.record import SETTINGS_FILE
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
-from saevlm_fast.cli.terminal import Bars, say
+from saevlm_fast.cli.terminal import Bars, say, tell
 from saevlm_fast.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _evaluate(
 
     with Bars("encode ", "rows") as bars:
         evaluation = evaluate_subjects(
-            subjects, inputs, options.controls, options.compare, Parts(place), say, bars.update, on_random, peers
+            subjects, inputs, options.controls, options.compare, Parts(place, tell), say, bars.update, on_random, peers
         )
     write_evaluation(options, inputs, evaluation, place)
     return evaluation

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from saevlm_fast.cli.evaluate_masks import MaskArguments
 from saevlm_fast.cli.evaluate_model import SplicedArguments
@@ -31,6 +31,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
     """Options of `saevlm-fast evaluate`."""
 
     title = "What is measured"
+    resume_adds: ClassVar[bool] = True
     sae: tuple[str, ...] = setting(
         help="SAE directories, separated by commas, or the option given again; those that differ by their seed alone "
         "make a group.",

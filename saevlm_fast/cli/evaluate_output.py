@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.cli.evaluate_options import FROM_STORE, NO_LABELS, EvaluateArguments
+from saevlm_fast.cli.evaluate_options import EvaluateArguments
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import say
 from saevlm_fast.errors import require
-from saevlm_fast.settings import path_of
 from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
@@ -84,9 +82,7 @@ def write_evaluation(options: EvaluateArguments, inputs: "Inputs", evaluation: "
 
 def record_of(options: EvaluateArguments, inputs: "Inputs") -> Record:
     """The settings, which repeat the evaluation from anywhere."""
-    labels = options.labels if options.labels in (FROM_STORE, NO_LABELS) else _placed(options.labels)
-    as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
-    return Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows)
+    return Record("evaluate", options, options.output, rows=inputs.activations.n_rows)
 
 
 def _write_tables(evaluation: "Evaluation", place: Path) -> None:
@@ -99,15 +95,6 @@ def _write_tables(evaluation: "Evaluation", place: Path) -> None:
         name = each.subject.name
         write_columns(place / _file(LATENTS, name), each.latents, {"subject": name})
         write_columns(place / _file(PAIRS, name), each.pairs, {"subject": name})
-
-
-def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """As settings.toml has them."""
-    return tuple(_placed(each) for each in paths)
-
-
-def _placed(path: str) -> str:
-    return str(path_of("path", path).absolute())
 
 
 def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation") -> dict[str, Any]:

@@ -12,19 +12,27 @@ _MOST = 8  # lines of numbers of one name
 def result_rows(description: Description) -> list[tuple[str, str]]:
     """(name, value) of the short table."""
     made, settings = description["made"], description["settings"] or description["metadata"]
-    rows = [("holds", description["what"]), ("made by", _made_text(description["command"], made))]
+    rows = [("holds", description["what"]), ("made by", _made_text(description, made))]
     if "command_line" in made:
         rows.append(("as", str(made["command_line"])))
+    calls = made.get("calls")
+    rows += [
+        ("and", str(each)) for each in (calls if isinstance(calls, list) else ()) if each != made.get("command_line")
+    ]
     rows += [(f"given: {name}", _text(settings[name])) for name in _MADE_OF if settings.get(name)]
+    rows += [(f"finished: {name}", ", ".join(measures)) for name, measures in description.get("finished", {}).items()]
     for name, value in description["figures"].items():
         rows += _figure_rows(name, value)
     return rows
 
 
-def _made_text(command: str, made: dict[str, Any]) -> str:
+def _made_text(description: Description, made: dict[str, Any]) -> str:
     """The command, when and by which version."""
+    command = description["command"]
     if not made:
-        return f"saevlm-fast {command}; no settings lie beside it"
+        why = description.get("misfit")
+        no_settings = "no settings lie beside it" if why is None else f"the settings beside it are of another: {why}"
+        return f"saevlm-fast {command}; {no_settings}"
     version = object_of(made.get("versions")).get("saevlm-fast", "")
     return f"saevlm-fast {command} {version}, {made.get('at', '')}, on {made.get('host', '')}"
 

@@ -73,6 +73,8 @@ def _unfinished_text(item: Description, with_others: bool = False) -> str:
     if item["kind"] == "run" and item["diverged_at"] is not None:
         return f"DIVERGED at step {item['diverged_at']:,} of {item['steps']:,}; {item['way_on']}"
     came = f", step {item['steps_taken']:,} of {item['steps']:,}" if item["kind"] == "run" else ""
+    if "finished" in item:
+        came = f", {sum(map(len, item['finished'].values())):,} measures are finished"
     return f"INCOMPLETE{came}" + ("" if with_others else f"; continue with {item['way_on']}")
 
 

@@ -65,6 +65,7 @@ class Options(Settings):
     title = "Options of every command"
     # What a run is known again by, and is no option, or not of that name: by name or section, the options it follows.
     made_from: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    resume_adds: ClassVar[bool] = False  # whether --resume may ask for more than the calls before it
     config: Path | None = setting(
         None,
         help="TOML file of settings: these names at the top, or in a table of the command's name. The command line "

@@ -3,6 +3,10 @@
 [train]         every setting that was not left open, as the command's options have it
 [made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
                 followed from the settings and the data
+
+Of work that went on with --resume, command line and working directory are those of the call that gave these settings,
+so that it makes the same from the start. `began` is when that was, and `calls` are all calls, the first one first; the
+rest is of the last.
 """
 
 import os
@@ -18,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
+from saevlm_fast.cli.from_anywhere import placed
 from saevlm_fast.cli.options import MADE, Options, called, key_of, ordered
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
-from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.formats.places import is_remote
+from saevlm_fast.errors import Interrupted, require, while_writing
 from saevlm_fast.settings import settings_of
 from saevlm_fast.urls import redacted_text
 
 SETTINGS_FILE = "settings.toml"
+_ANYWHERE = {"output", "device", "batch_size"}  # settings that make no other result
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
 
 
@@ -70,18 +75,37 @@ class Record:
             return
         from saevlm_fast.files import atomic_write, remove_leftovers_of
 
-        made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
-        document = {self.command: recorded(self.options), MADE: made}
-        path = settings_path(self.result)
+        path, settings = settings_path(self.result), recorded(self.options)
+        made = self._with_calls_before(made_by(self.options), settings, path)
+        document = {self.command: settings, MADE: made | ({"resolved": self.resolved} if self.resolved else {})}
         kind: Any = type(self.options)
         known = settings_of(kind).get("output")
         other = "ANOTHER_OUTPUT " if known is not None and known.positional else ""
         note = f"# Repeat it: saevlm-fast {self.command} {other}--config {path.name}"
         note += "\n" if other else ", and another --output\n"
         remove_leftovers_of(path)  # of one that was killed at this: the output is locked
-        with atomic_write(path) as temporary:
+        kept = ""
+        if not self.result.is_dir():  # it is whole by now, and old settings are of what it has replaced
+            path.unlink(missing_ok=True)
+            kept = f"{self.result} is whole without them; what made it is not beside it"
+        with while_writing("the record of its settings", kept), atomic_write(path) as temporary:
             temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
+
+    def _with_calls_before(self, made: dict[str, Any], settings: dict[str, Any], path: Path) -> dict[str, Any]:
+        """`made`, and of what is resumed how it was begun, which the settings in its place say."""
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8")) if getattr(self.options, "resume", False) else {}
+            asked, before = dict(document[self.command]), document[MADE]
+            begun = {"command_line": before["command_line"], "directory": before["directory"]}
+            calls = [*before.get("calls", [before["command_line"]]), made["command_line"]]
+            began = before.get("began", before["at"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return made  # there is nothing before it, or it is damaged
+        as_before = all(asked.get(name) == settings.get(name) for name in {*asked, *settings} - _ANYWHERE)
+        if self.options.resume_adds and not as_before:
+            begun, began = {}, made["at"]
+        return made | begun | {"began": began, "calls": list(dict.fromkeys(calls))}
 
 
 def check_recorded(
@@ -104,14 +128,16 @@ def check_recorded(
     now = recorded(options) | resolved
     for name in sorted((now.keys() | before.keys()) - set(free)):
         was, asked = before.get(name), now.get(name)
+        # An older version wrote a text that names a place as it was given.
+        same = was == asked or (isinstance(was, str) and was == getattr(options, name, None))
         message = (
             f"resume: {called(options, '', name)} is {asked}, but {result} was made with {was}; --force makes it anew"
         )
-        require(was == asked, message)
+        require(same, message)
 
 
 def recorded(options: Options) -> dict[str, Any]:
-    """The settings as TOML has them: paths are absolute, and what was left open is not there."""
+    """The settings as TOML has them: the same from anywhere, and what was left open is not there."""
     values: dict[str, Any] = {}
     cls: Any = type(options)
     for name, known in ordered(cls):
@@ -120,16 +146,9 @@ def recorded(options: Options) -> dict[str, Any]:
             continue
         if not known.recorded or value is None:
             continue
-        value = [_said(each) for each in value] if isinstance(value, tuple) else _said(value)
+        value = [placed(name, each) for each in value] if isinstance(value, tuple) else placed(name, value)
         values[key_of(name, known)] = value
     return values
-
-
-def _said(value: Any) -> Any:
-    """Paths from anywhere the same, URLs without their secrets."""
-    if isinstance(value, Path):
-        return str(value if is_remote(value) else value.absolute())
-    return redacted_text(value) if isinstance(value, str) else value
 
 
 def made_by(options: Options) -> dict[str, Any]:

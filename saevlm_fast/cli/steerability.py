@@ -251,7 +251,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
             if few := _too_few(total, config.controls):
                 warn(f"{units.kind}s: {few}")
             with interruptible() as interrupted, Bar(f"{units.kind}s", total, f"{units.kind}s") as bar:
-                parts, subject = Parts(progress), f"{units.kind}-{len(found)}"
+                parts, subject = Parts(progress, tell), f"{units.kind}-{len(found)}"
                 found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
     metadata = {"sae": ",".join(map(str, options.sae)), "model": options.model, "layer": str(options.layer)}
     metadata |= {name: str(value) for name, value in vars(config).items()}
@@ -287,23 +287,23 @@ def _latents_table(options: SteerabilityArguments, found: "list[Steerable]") -> 
 
 
 def _figures(options: SteerabilityArguments, found: "list[Steerable]", n_words: int) -> dict[str, Any]:
-    """latents (over all SAEs), of several also those of each, and neurons."""
+    """Of latents over all SAEs, where there are several also of those of each, and of neurons."""
     from saevlm_fast.clip_steering.seeds import over_seeds
     from saevlm_fast.measures.results import plain
 
     latents, neurons = found[: len(options.sae)], found[len(options.sae) :]
-    figures: dict[str, Any] = {"latents": latents[0].summary}
+    figures: dict[str, Any] = {"of_latents": latents[0].summary}
     if len(latents) > 1:
-        figures["latents"] = over_seeds(latents, n_words, options.seed)
+        figures["of_latents"] = over_seeds(latents, n_words, options.seed)
         figures["saes"] = [{"sae": str(path), **each.summary} for path, each in zip(options.sae, latents)]
-    return plain(figures | ({"neurons": neurons[0].summary} if neurons else {}))
+    return plain(figures | ({"of_neurons": neurons[0].summary} if neurons else {}))
 
 
 def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str, Any]) -> None:
     """found: latents of the first SAE."""
     names = ("asked", "dead", "steerable", "s", "s_random", "s_density", "s_reversed", "s_shuffled", "s_without_error")
-    rows = {"latents": figures["latents"]} | {each["sae"]: each for each in figures.get("saes", [])}
-    rows |= {"neurons": figures["neurons"]} if options.neurons else {}
+    rows = {"latents": figures["of_latents"]} | {each["sae"]: each for each in figures.get("saes", [])}
+    rows |= {"neurons": figures["of_neurons"]} if options.neurons else {}
     lines = [(kind, *(_cell(row[name]) for name in (*names, "specificity"))) for kind, row in rows.items()]
     print_wide_table(("", *names, "specificity"), lines)
     from saevlm_fast.clip_steering.steerability import ENOUGH
@@ -316,8 +316,8 @@ def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str
                 f"{kind}: {row['random_directions']} random directions are too few to call one so; {ENOUGH} are needed"
                 " (--controls)"
             )
-    callable_ones = figures["latents"]["steerable"]["value"] is not None
-    if callable_ones and (shared := figures["latents"].get("shared")) is not None:
+    callable_ones = figures["of_latents"]["steerable"]["value"] is not None
+    if callable_ones and (shared := figures["of_latents"].get("shared")) is not None:
         say(
             f"words: {shared['by_every']} of {shared['words']} are changed most by a steerable latent of every SAE, "
             f"{shared['by_every_chance']:.1f} by chance (p {shared['p']:.3f}); {shared['by_any']} by one of any"

@@ -206,7 +206,8 @@ def _steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
 
 def _told(options: SteeringScoreArguments, scores: "SteeringScores") -> dict[str, Any]:
     _print_scores(scores)
-    return {"output": str(options.output), **options.sources, **scores.figures()}
+    named = {"image_source" if name == "images" else name: path for name, path in options.sources.items()}
+    return {"output": str(options.output), **named, **scores.figures()}
 
 
 def _print_scores(scores: "SteeringScores") -> None:

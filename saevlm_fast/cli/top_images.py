@@ -125,7 +125,8 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
     return {
         "output": str(options.output),
         "files": [str(path) for path in written],
-        "latents": latents,
+        "latents": len(latents),
+        "chosen_latents": latents,
         "images": found.table.n_images,
         "missing": len(images.missing),
     }

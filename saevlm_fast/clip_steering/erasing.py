@@ -135,7 +135,7 @@ def erase_words(
     figures = _figures(removals, found, len(train.y_N))
     attacked_RN = found["attacked"][0]
     answered_N = (attacked_RN[0] >= 0) & (wrong_N >= 0)
-    for row, classes_N in zip(figures["rows"], attacked_RN):
+    for row, classes_N in zip(figures["table"], attacked_RN):
         row["reads"] = share((classes_N == wrong_N)[answered_N])
     return figures
 
@@ -235,8 +235,12 @@ def _figures(removals: Sequence[Removal], found: Mapping[str, tuple[np.ndarray, 
         row: Figures = {"removal": removal, "k": k}
         rows.append(row | {name: _accuracy(classes_RN, r, told) for name, (classes_RN, told) in found.items()})
     latents = [each.latents_K for each in removals if each.name == "latents" and each.latents_K is not None]
-    images = {"train": n_train, "test": max(len(told.numbers) for _, told in found.values())}
-    return {"latents": max(latents, key=len).tolist(), "images": images, "rows": rows}
+    return {
+        "chosen_latents": max(latents, key=len).tolist(),
+        "images_for_choosing": n_train,
+        "images_asked_about": max(len(told.numbers) for _, told in found.values()),
+        "table": rows,
+    }
 
 
 def _each_word(told: Told, wrong_N: np.ndarray, words: Sequence[str]) -> list[str | None]:

@@ -104,8 +104,8 @@ def summary_of(found: CrossModal, seed: int) -> dict[str, Any]:
     return {
         "pairs": len(found.ids),
         "kept": int(found.columns["kept"].sum()),
-        "latents": {
-            "all": len(omega),
+        "latents": len(omega),
+        "latent_kinds": {
             "scored": len(scored),
             "text_only": int((text.full_S & ~image.full_S).sum()),
             "image_only": int((image.full_S & ~text.full_S).sum()),

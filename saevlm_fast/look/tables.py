@@ -30,11 +30,14 @@ def read_latents_table(path: Path, d_sae: int) -> pa.Table:
     return table
 
 
-def read_table(path: Path) -> pa.Table:
-    """A .parquet, .csv or .json table, as read_latents_table says. ValueError: it cannot be read."""
+def read_table(path: Path, columns: tuple[str, ...] = ()) -> pa.Table:
+    """A .parquet, .csv or .json table, as read_latents_table says. ValueError: it cannot be read.
+
+    columns: of parquet, those that are read; all if none.
+    """
     require(path.is_file(), f"{path}: no such file")
     try:
-        return _read(path)
+        return _read(path, columns)
     except (
         OSError,
         UnicodeError,
@@ -48,10 +51,10 @@ def read_table(path: Path) -> pa.Table:
         raise ValueError(f"{path}: not a table of latents: {first_line(error)}") from None
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
     if path.suffix == ".parquet":
         with open_table(str(path)) as file:
-            return _plain(file.read())
+            return _plain(file.read(list(columns) or None))
     size = path.stat().st_size
     require(size <= MAX_TEXT_BYTES, f"{size} bytes; a table has at most {MAX_TEXT_BYTES}")
     if path.suffix == ".csv":

@@ -24,7 +24,7 @@ from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, controls_of
 from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of, groups_of, training_of
 from saevlm_fast.measures.inputs import Inputs
-from saevlm_fast.measures.parts import Parts, file_name, key_of
+from saevlm_fast.measures.parts import COMPARED, Parts, file_name, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
@@ -342,7 +342,7 @@ def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]
     codes = None
     for other in subjects[1:]:
         key = key_of(first=first.digest, other=other.digest, **work.inputs.digests)
-        name = f"compared-with-{other.name}"
+        name = f"{COMPARED}{other.name}"
         part = work.read(first.name, name, key)
         if part is None:
             work.tell(f"{first.name} and {other.name} compared")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from saevlm_fast.errors import first_line, while_writing
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.measures.results import PARTS_VERSION, Measured, plain
+from saevlm_fast.measures.results import MEASURES, PARTS_VERSION, Measured, plain
 
 PARTS = "parts"
+COMPARED = "compared-with-"  # begins the name of what is measured of two SAEs
 _TABLES = ("latents", "pairs")
 
 
@@ -40,11 +41,23 @@ def file_name(name: str) -> str:
     return f"{found}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-class Parts:
-    """Finished measures below a directory; in memory without one."""
+def finished_measures(directory: Path) -> dict[str, list[str]]:
+    """subject, as files have its name -> its finished measures below a directory; empty if there are none."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((directory / PARTS).glob("*/*.json")):
+        if file.stem in MEASURES or file.stem.startswith(COMPARED):
+            found.setdefault(file.parent.name, []).append(file.stem)
+    return found
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+
+class Parts:
+    """Finished measures below a directory; in memory without one.
+
+    tell: is told, once, that there are some of another version of this program, which are made anew.
+    """
+
+    def __init__(self, directory: Path | None, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.directory, self._tell, self._told = directory, tell, False
 
     def read(self, subject: str, measure: str, key: str) -> Measured | None:
         """The part that was made of the same, None if there is none, or it is damaged: it is then made anew."""
@@ -54,11 +67,21 @@ class Parts:
         try:
             document = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
             if not isinstance(document, dict) or document.get("key") != key:
+                self._tell_of_version(document)
                 return None
             tables = [_read_columns(stem.with_name(f"{stem.name}.{which}.parquet")) for which in _TABLES]
             return Measured(_with_nan(document["figures"]), *tables)
         except (OSError, ValueError, KeyError, RecursionError, pa.ArrowException):
             return None
+
+    def _tell_of_version(self, document: Any) -> None:
+        version = document.get("version") if isinstance(document, dict) else PARTS_VERSION
+        if version != PARTS_VERSION and not self._told:
+            self._told = True
+            self._tell(
+                f"{self.directory}: what is finished there is of another version of this program (parts of version "
+                f"{version}, here {PARTS_VERSION}): it is made anew"
+            )
 
     def write(self, subject: str, measure: str, key: str, measured: Measured) -> None:
         """The tables first, then what makes them a part."""

@@ -10,8 +10,8 @@ from typing import Any, get_origin
 import pytest
 
 from command import run, run_json
+from saevlm_fast.cli.from_anywhere import PLACES, placed
 from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered, read_config
-from saevlm_fast.cli.record import _said
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.cli.train_options import TrainArguments
 from saevlm_fast.config import StreamSettings
@@ -143,10 +143,73 @@ def test_what_settings_toml_says_of_defaults_is_read_as_these(name, tmp_path):
     known = {field: each for field, each in ordered(cls) if each.in_file and each.recorded and not each.tables}
     defaults = {field: default_of(cls, field) for field in known}
     given = {field: value for field, value in defaults.items() if value not in (None, MISSING)}
-    said = {key_of(f, known[f]): [_said(x) for x in v] if isinstance(v, tuple) else _said(v) for f, v in given.items()}
+    said = {
+        key_of(field, known[field]): [placed(field, x) for x in v] if isinstance(v, tuple) else placed(field, v)
+        for field, v in given.items()
+    }
     (tmp_path / "settings.toml").write_text(toml_text({name: said}))
     given = {field: value.absolute() if isinstance(value, Path) else value for field, value in given.items()}
     assert read_config(tmp_path / "settings.toml", name, cls) == given
+
+
+# Texts that name nothing on this machine, whatever lies there.
+NO_PLACES = {
+    *("point", "tokens", "buffer", "log_to", "architecture", "latents", "prompt", "template", "trust_pickle"),
+    *("device", "dtype", "controls", "part", "condition", "spec", "licence", "repo", "revision", "sae_id"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_of_every_text_it_is_known_whether_it_names_a_place(name):
+    """One that is new joins PLACES of from_anywhere.py, or NO_PLACES."""
+    cls: Any = COMMANDS[name].options
+    texts = {
+        field
+        for field, known in ordered(cls)
+        if known.in_file and known.recorded and not choices_of(cls, field)
+        if kinds_of(cls)[field] in (str, tuple[str, ...])
+    }
+    assert {field for field in texts if (field in PLACES) == (field in NO_PLACES)} == set()
+
+
+def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene"):
+        (tmp_path / folder).mkdir()
+    for file in ("l.csv", "p.json", "w.safetensors", "font.ttf", "mean.npy", "a.tar"):
+        (tmp_path / file).touch()
+    here = str(tmp_path)
+    same = {
+        "images": ("scenes:test:6", "hf-dataset:a/b:c::d", "s3://x/y", "none", "/abs/photos"),
+        "labels": ("store", "none", "images", "scene:colour"),
+        "class_prompts": ("a photo of a {}", "scene:colour"),
+        "model": ("hf:tiny-clip", "hf:openai/clip", "open_clip:ViT-B-32/openai", "timm:vit_base", "timm:vit:none.pt"),
+        "sae": ("hf:user/repo", "hf:user/repo@main/x"),
+        "fonts": ("DejaVuSans.ttf",),
+        "assume": ("k=32", "input_mean=2"),
+        "prompt": ("photos",),
+    }
+    for name, texts in same.items():
+        assert [placed(name, text) for text in texts] == list(texts)
+    made = {
+        "images": {"photos": "photos", "photos::train": "photos::train", "*.tar": "*.tar", "{0..2}.tar": "{0..2}.tar"},
+        "labels": {"l.csv": "l.csv", "l.csv:colour": "l.csv:colour"},
+        "class_prompts": {"p.json": "p.json"},
+        "sae": {"net": "net", "./net/": "net"},
+        "fonts": {"font.ttf": "font.ttf"},
+    }
+    for name, texts in made.items():
+        assert {text: placed(name, text) for text in texts} == {text: f"{here}/{it}" for text, it in texts.items()}
+    assert placed("model", "hf:net") == f"hf:{here}/net"
+    assert placed("model", "hf:./tiny-clip") == f"hf:{here}/tiny-clip"
+    assert placed("text_model", "open_clip:ViT-B-32/w.safetensors") == f"open_clip:ViT-B-32/{here}/w.safetensors"
+    assert placed("model", "timm:vit:w.safetensors") == f"timm:vit:{here}/w.safetensors"
+    assert placed("assume", "input_mean=mean.npy") == f"input_mean={here}/mean.npy"
+    assert placed("control_sae", Path("untrained")) == "untrained"
+    assert placed("control_sae", Path("net")) == f"{here}/net"
+    (tmp_path / "untrained").mkdir()
+    assert placed("control_sae", Path("untrained")) == f"{here}/untrained"
+    assert placed("images", "https://me:word@host/a.tar?key=1") == "https://***@host/a.tar?***"
 
 
 def test_a_byte_order_mark_and_two_spellings_of_one_setting(data, tmp_path):

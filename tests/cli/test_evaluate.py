@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import tomllib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +14,8 @@ from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.inspection import inspect
+from saevlm_fast.measures import measure, parts
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
 
@@ -212,8 +216,6 @@ def test_label_sets_of_a_file(there, tmp_path):
 
 
 def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
-    from saevlm_fast.measures import measure
-
     output = tmp_path / "out"
     ran = []
     original = measure.Inputs.work
@@ -232,11 +234,25 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()
     monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
-    run("evaluate", "--config", settings, "--resume")  # as it was told
+    first = tomllib.loads(settings.read_text())["made"]
+    again = ("evaluate", "--config", settings, "--resume")
+    run(*again)  # as it was told
+    made = tomllib.loads(settings.read_text())["made"]
+    resumed = shlex.join(["saevlm-fast", *map(str, again)])
+    assert (made["command_line"], made["directory"], made["began"]) == tuple(
+        first[name] for name in ("command_line", "directory", "at")
+    )
+    assert made["calls"] == [first["command_line"], resumed]
+    text = " ".join(run("inspect", output).split())
+    assert f"as {first['command_line']}" in text
+    assert f"and {resumed}" in text
     assert len(ran) == len(set(ran)), "nothing is made twice"
     ran.clear()
     run(*words(there, output, "--resume", saes=3))
     assert {name for name, _ in ran} == {"sae2"}, "an SAE more"
+    made = tomllib.loads(settings.read_text())["made"]
+    assert made["command_line"] == made["calls"][2], "the first call would not measure it"
+    assert (made["calls"][:2], made["began"]) == ([first["command_line"], resumed], made["at"])
     monkeypatch.undo()
     run(*words(there, tmp_path / "unbroken", saes=3))
     both = [json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "unbroken")]
@@ -246,8 +262,6 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
 def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
     """Also where there was nothing to replace; what replaces goes on where it was, and the old stays until then."""
-    from saevlm_fast.measures import measure
-
     output, original = tmp_path / "out", measure.Inputs.work
 
     def interrupted(self, name, *more):
@@ -267,6 +281,75 @@ def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
         run(*again.split()[1:])
         assert (output / "evaluation.json").is_file()
     assert not (output / ".replacement").exists()
+
+
+def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tmp_path, monkeypatch):
+    """Also where it was moved, where it is to replace another, and where a kill has left no settings."""
+    output, original = tmp_path / "out", measure.Inputs.work
+
+    def interrupted(self, name, *more):
+        if name == "geometry":
+            raise Interrupted("interrupted")
+        return original(self, name, *more)
+
+    def cut(*more):
+        with monkeypatch.context() as patch:
+            patch.setattr(measure.Inputs, "work", interrupted)
+            run(*words(there, output, *more), code=130)
+
+    cut()
+    found = inspect(output)
+    assert (found["kind"], found["command"], found["complete"]) == ("result", "evaluate", False)
+    finished = [file.stem for file in sorted((output / "parts" / "sae0").glob("*.json"))]
+    assert found["finished"] == {"sae0": finished}
+    assert {"reconstruction", "uniqueness"} <= set(finished)
+    assert "geometry" not in finished
+    text = " ".join(run("inspect", output, "--verify").split())
+    for word in ("finished: sae0 ", ", ".join(finished), "saevlm-fast evaluate", "can be read", "INCOMPLETE"):
+        assert word in text, word
+    assert f"{len(finished)} measures are finished; continue with {found['way_on']}" in text
+    folder = inspect(tmp_path)
+    assert [item["way_on"] for item in folder["contents"]] == [found["way_on"]]
+    assert "INCOMPLETE" in run("inspect", tmp_path)
+    moved = output.rename(tmp_path / "moved")
+    (moved / "settings.toml").rename(tmp_path / "settings.toml")
+    without = run("inspect", moved)
+    assert "the same command and --resume" in without
+    assert "no settings lie beside it" in without
+    (tmp_path / "settings.toml").rename(moved / "settings.toml")
+    way_on = inspect(moved)["way_on"]
+    assert f"--output {moved} --resume" in way_on
+    run(*way_on.split()[1:])
+    assert inspect(moved)["figures"]["saes"] == ["sae0"]
+    moved.rename(output)
+    cut("--force")
+    found = inspect(output)
+    assert found["figures"]["saes"] == ["sae0"]
+    assert found["replacement"]["finished"] == {"sae0": finished}
+    assert "its replacement" in run("inspect", output)
+    run(*found["replacement"]["way_on"].split()[1:])
+    assert "replacement" not in inspect(output)
+
+
+def test_a_folder_of_others_with_parts_is_no_evaluation(tmp_path):
+    (tmp_path / "parts" / "engine").mkdir(parents=True)
+    (tmp_path / "parts" / "engine" / "piston.json").write_text('{"version": 1, "key": "a"}')
+    assert "nothing to inspect in it" in run("inspect", tmp_path, code=2)
+
+
+def test_it_says_so_where_what_is_finished_is_of_an_earlier_version(there, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "PARTS_VERSION", 4)
+        run(*words(there, output))
+    said = " ".join(run(*words(there, output, "--resume")).split())
+    assert (
+        said.count(f"{output}: what is finished there is of another version of this program (parts of version 4") == 1
+    )
+    assert "it is made anew" in said
+    assert "another version" not in run(*words(there, output, "--resume")), "it is of this one now"
+    monkeypatch.setattr(measure, "weights_digest", lambda sae: "another")
+    assert "another version" not in run(*words(there, output, "--resume")), "of another SAE, but of this version"
 
 
 def test_a_damaged_part_is_made_anew(there, tmp_path):

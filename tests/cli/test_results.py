@@ -1,6 +1,11 @@
 """What commands write: `inspect` says what each is, and every `--json` has one name for a quantity."""
 
+import builtins
+import contextlib
+import errno
+import io
 import json
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -13,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import run, run_json
+from saevlm_fast import files, results
 from saevlm_fast.inspection import inspect, verify_inspected
 from small_world import CALLS, build_world, words
 
@@ -28,17 +34,33 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
         },
     ),
     "report": ("report", lambda said: {name: said[name] for name in ("latents", "images")}),
-    "top-images": ("tops", lambda said: {"latents": len(said["latents"])}),
+    "top-images": ("tops", lambda said: {"latents": said["latents"]}),
     "name": ("names.csv", lambda said: {name: said[name] for name in ("latents", "named")}),
     "steering-score": ("steering.json", lambda said: {name: said[name] for name in ("latents", "conditions")}),
     "steerability": (
         "steerability.parquet",
-        lambda said: {name: said["latents"][name] for name in ("units", "asked", "dead", "s")},
+        lambda said: {name: said["of_latents"][name] for name in ("units", "asked", "dead", "s")},
     ),
     "erase": ("erased.json", lambda said: {"what": said["what"]}),
-    "cross-modal": ("crossed", lambda said: {name: said[name] for name in ("pairs", "kept", "latents")}),
+    "cross-modal": (
+        "crossed",
+        lambda said: {name: said[name] for name in ("pairs", "kept", "latents", "latent_kinds")},
+    ),
     "human-agreement": ("agreement.json", lambda said: {name: said[name] for name in ("pairs", "neurons")}),
 }
+# Of a table that is a part of a result: the command, and what its figures must hold, by the --json or the main file.
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "erased.csv": ("erase", lambda inspected: {"layers": inspected["figures"]["layers"]}),
+    "grid/grid.json": ("train", lambda said: {"rows": 12, "saes": _headlines_of_grid(said)}),
+    "grid/grid.parquet": ("train", lambda said: {"saes": _headlines_of_grid(said)}),
+    "moved.neurons.csv": ("steerability", lambda said: {"units": 128, "s": said["of_neurons"]["s"]}),
+    "crossed/latents.parquet": ("cross-modal", lambda said: {"scored": said["latent_kinds"]["scored"]}),
+    "crossed/samples.parquet": ("cross-modal", lambda said: {name: said[name] for name in ("pairs", "kept")}),
+    "crossed/patches.parquet": ("cross-modal", lambda said: {"pairs": said["pairs"], "image_tokens": 6 * 36}),
+    "evaluation/latents/run.parquet": ("evaluate", lambda said: {"counts": {"defined": 5, "dead": 11}}),
+    "evaluation/pairs/run.parquet": ("evaluate", lambda said: {}),
+}
+NO_RESULTS = ("parts", "checkpoints", "d16", "d32", "harvest.json", "run.json", "cfg.json")
 # Their keys are made elsewhere, or are the titles of a table's rows.
 OTHERS_MAKE_THE_KEYS = ("source", "record", "facts", "metadata", "settings", "made", "headlines")
 
@@ -60,7 +82,11 @@ def printed(world):
             if "--dry-run" not in call and name not in ("inspect", "doctor"):
                 found[f"{name}, planned"] = run_json(*words(name, **changes), "--dry-run")
             found[name] = run_json(*words(name, **changes))
-        for output, _ in RESULTS.values():
+        grid = ("--activations", "store", "--d-sae", "16,32", "--k", 2, "--steps", 3, "--batch-size", 16)
+        found["grid"] = run_json("train", *grid, "--device", "cpu", "--output", "grid")
+        asked = [each for each in words("steerability", output="moved.csv") if each != "--no-neurons"]
+        found["neurons"] = run_json(*asked)
+        for output in (*(output for output, _ in RESULTS.values()), *PARTS):
             found[f"inspect {output}"] = run_json("inspect", output)
     return found
 
@@ -82,6 +108,88 @@ def test_inspect_says_what_a_result_is(command, world, printed):
     assert json.dumps(found, allow_nan=False)
 
 
+def _headlines_of_grid(said: dict[str, Any]) -> dict[str, Any]:
+    return {each["name"]: {name: each[name] for name in ("explained_variance", "l0")} for each in said["saes"]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_inspect_says_what_a_part_of_a_result_is(part, world, printed):
+    command, expected = PARTS[part]
+    said = {"grid": "grid", "moved": "neurons", "erased": "inspect erased.json"}
+    found = inspect(world / part)
+    assert (found["kind"], found["command"], found["made"]["command_line"].split()[1]) == ("result", command, command)
+    for name, value in expected(printed[said.get(re.split("[./]", part)[0], command)]).items():
+        assert found["figures"][name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    text = " ".join(run("inspect", world / part, "--verify").split())
+    assert f"made by saevlm-fast {command} 0." in text
+    assert found["what"] in text
+
+
+def test_inspect_knows_every_table_and_record_that_a_result_is_made_of(world, printed):
+    of_results = [world / output for output, _ in RESULTS.values()] + [world / "grid", *world.glob("*.neurons.csv")]
+    files = [file for path in of_results for file in (path.rglob("*") if path.is_dir() else [path])]
+    tables = [str(file.relative_to(world)) for file in files if file.suffix in (".parquet", ".csv", ".json")]
+    asked = [file for file in tables if not set(NO_RESULTS) & set(Path(file).parts)]
+    assert {"grid/grid.parquet", "crossed/samples.parquet", "moved.neurons.csv", "erased.json"} <= set(asked)
+    assert {file: inspect(world / file)["kind"] for file in asked} == dict.fromkeys(asked, "result")
+
+
+def test_a_part_far_from_its_settings_is_described_without(world, printed, tmp_path):
+    shutil.copy(world / "erased.csv", tmp_path / "erased.csv")
+    shutil.copy(world / "scores.parquet.settings.toml", tmp_path / "erased.json.settings.toml")
+    found = inspect(tmp_path / "erased.csv")
+    assert (found["command"], found["made"]) == ("erase", {})
+
+
+@pytest.mark.parametrize("document", ['{"a": [1]}', '{"subjects": [], "table": [], "left_out": []}', "{"])
+@pytest.mark.parametrize("with_settings", [False, True])
+def test_json_is_read_once(document, with_settings, world, printed, tmp_path):
+    (tmp_path / "mine.json").write_text(document)
+    if with_settings:
+        shutil.copy(world / "agreement.json.settings.toml", tmp_path / "mine.json.settings.toml")
+    with _opened("mine.json") as opened, contextlib.suppress(ValueError):
+        inspect(tmp_path / "mine.json")
+    assert len(opened) == 1
+    if with_settings:
+        with _opened("mine.json") as opened:
+            inspect(tmp_path)
+        assert len(opened) == 1
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_what_a_command_wrote_is_read_once_but_for_a_tables_columns(suffix, world, printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run(*words("ms-score", output=str(tmp_path / f"made{suffix}")))
+    with _opened(f"made{suffix}") as opened:
+        inspect(tmp_path / f"made{suffix}")
+    assert len(opened) == (1 if suffix == ".json" else 0)  # Arrow opens tables by itself
+
+
+def test_json_that_is_too_large_is_told_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "LARGEST", 1000)
+    (tmp_path / "mine.json").write_text(json.dumps({"a": "b" * 1000}))
+    with _opened("mine.json") as opened:
+        text = run("inspect", tmp_path / "mine.json", code=2)
+    assert "1.0 kB of JSON; at most 1.0 kB are read" in text
+    assert opened == []
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[list[str]]:
+    """The files of a name that Python opens in the block."""
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = io.open
+
+        def counted(file: Any, *arguments: Any, **more: Any) -> Any:
+            found.extend([str(file)] if str(file).endswith(name) else [])
+            return real(file, *arguments, **more)
+
+        patch.setattr(io, "open", counted)
+        patch.setattr(builtins, "open", counted)
+        yield found
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
 def test_scores_of_every_suffix_are_the_same_without_their_settings(suffix, world, printed, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
@@ -94,6 +202,20 @@ def test_scores_of_every_suffix_are_the_same_without_their_settings(suffix, worl
     assert found["made"] == {}
     assert found["metadata"].get("sae") == (None if suffix == ".csv" else "run")
     assert "no settings lie beside it" in run("inspect", tmp_path / f"moved{suffix}")
+
+
+@pytest.mark.parametrize("command", [*RESULTS, "harvest", "train"])
+def test_settings_make_the_same_from_another_directory(command, world, printed, tmp_path, monkeypatch):
+    """All that they name is opened."""
+    result = world / RESULTS[command][0] if command in RESULTS else world / f"made-{command}"
+    settings = result / "settings.toml" if result.is_dir() else result.with_name(f"{result.name}.settings.toml")
+    monkeypatch.chdir(tmp_path)
+    first = printed[f"{command}, planned"]
+    again = run_json(command, "--output", f"again{result.suffix}", "--config", settings, "--dry-run")
+    assert again["dry_run"]
+    assert {name: again[name] for name in ("images", "rows", "latents") if name in again} == {
+        name: first[name] for name in ("images", "rows", "latents") if name in first
+    }
 
 
 def test_a_folder_lists_results(world, printed):
@@ -116,6 +238,46 @@ def test_settings_of_another_command_are_not_taken_for_a_results(world, printed,
     shutil.copy(world / "scores.parquet", tmp_path / "run" / "scores.parquet")
     found = inspect(tmp_path / "run" / "scores.parquet")
     assert (found["command"], found["made"], found["settings"]) == ("ms-score", {}, {})
+
+
+def test_settings_that_do_not_fit_a_table_are_not_told_as_its_own(world, printed, tmp_path):
+    """Its table was replaced by another's, without its settings."""
+    shutil.copy(world / "scores.parquet", tmp_path / "scores.parquet")
+    settings = (world / "scores.parquet.settings.toml").read_text()
+    (tmp_path / "scores.parquet.settings.toml").write_text(settings)
+    assert "misfit" not in inspect(tmp_path / "scores.parquet")
+    assert f'sae = "{world / "run"}"' in settings
+    other = settings.replace(f'sae = "{world / "run"}"', f'sae = "{world / "language"}"')
+    (tmp_path / "scores.parquet.settings.toml").write_text(other)
+    found = inspect(tmp_path / "scores.parquet")
+    assert (found["command"], found["made"], found["settings"]) == ("ms-score", {}, {})
+    assert found["misfit"] == f"sae is run in it, and {world / 'language'} in settings.toml"
+    text = " ".join(run("inspect", tmp_path / "scores.parquet").split())
+    assert "the settings beside it are of another: sae is run in it" in text
+    assert "given: sae run" in text, "as the table says"
+
+
+@pytest.mark.parametrize("command", ["ms-score", "name", "erase", "human-agreement", "steerability"])
+def test_where_the_settings_find_no_room_the_result_is_said_to_be_whole(command, world, printed, tmp_path, monkeypatch):
+    """With --force it has replaced another, and is not as it was."""
+    monkeypatch.chdir(world)
+    output = tmp_path / f"made{Path(RESULTS[command][0]).suffix}"
+    run(*words(command, output=str(output)))
+    before = output.stat().st_mtime_ns
+    flush = files._fsync_file
+
+    def full(path):
+        if str(path).endswith("settings.toml"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(files, "_fsync_file", full)
+    text = " ".join(run(*words(command, output=str(output)), "--force", code=2).split())
+    assert "while the record of its settings was written" in text
+    assert f"{output} is whole without them; what made it is not beside it" in text
+    assert "as it was" not in text
+    assert output.stat().st_mtime_ns != before
+    assert inspect(output)["made"] == {}, "not by what made the one before"
 
 
 def test_tables_of_others_are_no_results(tmp_path):
@@ -183,6 +345,45 @@ def test_every_quantity_has_one_name(printed):
             names[_quantity(key)].add(key)
     assert {"dead_share", "images", "std"} <= names.keys(), "they were walked"
     assert {what: sorted(several) for what, several in names.items() if len(several) > 1} == {}
+
+
+# Of how many, in every output; what is a list or a path of these has another name.
+COUNTS = ("images", "latents", "neurons", "rows", "pairs")
+
+
+def test_a_quantity_has_one_type(printed):
+    """In a table's rows the names are those of its columns, as erase's question `images`."""
+    wrong, seen = [], set()
+    for name, output in printed.items():
+        for key, value in _values(output):
+            if key in COUNTS:
+                seen.add(key)
+                wrong += [] if type(value) is int or value is None else [(name, key, value)]
+    assert seen == set(COUNTS), "they were walked"
+    assert wrong == []
+
+
+def _values(value: Any) -> Iterator[tuple[str, Any]]:
+    for each in value if isinstance(value, list) else ():
+        yield from _values(each)
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if key not in (*OTHERS_MAKE_THE_KEYS, "table"):
+            yield key, each
+            yield from _values(each)
+
+
+def test_results_of_before_a_quantity_had_one_type_are_read(world, printed, tmp_path):
+    document = json.loads((world / "erased.json").read_text())
+    older = [{("rows" if key == "table" else key): each for key, each in layer.items()} for layer in document["layers"]]
+    (tmp_path / "erased.json").write_text(json.dumps(document | {"version": 1, "layers": older}))
+    assert inspect(tmp_path / "erased.json")["figures"] == inspect(world / "erased.json")["figures"]
+    document = json.loads((world / "crossed" / "cross_modal.json").read_text())
+    del document["sha256"]
+    kinds = document.pop("latent_kinds")
+    (tmp_path / "crossed").mkdir()
+    older = document | {"latents": {"all": document["latents"], **kinds}}
+    (tmp_path / "crossed" / "cross_modal.json").write_text(json.dumps(older))
+    assert inspect(tmp_path / "crossed")["figures"] == inspect(world / "crossed")["figures"]
 
 
 def test_two_names_would_be_found():

@@ -92,9 +92,18 @@ def test_resume_and_force(x, tmp_path):
     run(*words(x, tmp_path / "grid", *LISTS))
     before = weights(tmp_path / "grid" / "x4-k3")
     assert "x2-k2 already holds a run" in run(*words(x, tmp_path / "grid", *LISTS), code=2)
-    run(*words(x, tmp_path / "grid", *LISTS, "--resume"))
+    grid = tmp_path / "grid"
+    first = {place: tomllib.loads((place / "settings.toml").read_text())["made"] for place in (grid, grid / "x4-k3")}
+    for _ in range(2):
+        run("train", "--config", grid / "settings.toml", "--resume", "--device", "cpu")
+    for place, before_it in first.items():
+        made = tomllib.loads((place / "settings.toml").read_text())["made"]
+        assert made["command_line"] == before_it["command_line"], "that of the call that makes it from the start"
+        assert made["began"] == before_it["at"]
+        assert [call.endswith("--resume --device cpu") for call in made["calls"]] == [False, True]
     run(*words(x, tmp_path / "grid", "--k", "2,3", "--expansion", "2,4", "--seed", 5, "--force"))
     assert weights(tmp_path / "grid" / "x4-k3") != before
+    assert "calls" not in tomllib.loads((grid / "settings.toml").read_text())["made"], "--force begins anew"
     assert "seed is 0, but" in run(*words(x, tmp_path / "grid", *LISTS, "--resume"), code=2)
 
 

@@ -78,7 +78,7 @@ def test_words_on_a_folder_of_pictures(world, tmp_path):
     document = json.loads(output.read_text())
     assert found == {"output": str(output), **document}
     assert [each["layer"] for each in document["layers"]] == [2, 3]
-    rows = document["layers"][1]["rows"]
+    rows = document["layers"][1]["table"]
     each_k = [(name, 1) for name in ("latents", "random", "magnitude", "pca", "probe")]
     assert [(row["removal"], row["k"]) for row in rows] == [("nothing", 0), *each_k]
     assert list(rows[0]) == ["removal", "k", "clean", places, "attacked", "nonsense", "reads"]
@@ -99,9 +99,9 @@ def test_a_label_is_erased_and_the_worst_group_beside_it(world, tmp_path):
     places = f"{world}/places.csv:place"
     more = ("--what", places, "--class-prompts", "a scene on {}", "--groups", places, "--limit", 20)
     [layer] = run_json(*call(world, tmp_path / "p.json", *more))["layers"]
-    assert list(layer["rows"][0]) == ["removal", "k", "images", places]
-    assert [row["k"] for row in layer["rows"] if row["removal"] == "pca"] == [1]  # two values differ in one direction
-    assert layer["rows"][0]["images"]["worst"] is not None
+    assert list(layer["table"][0]) == ["removal", "k", "images", places]
+    assert [row["k"] for row in layer["table"] if row["removal"] == "pca"] == [1]  # two values differ in one direction
+    assert layer["table"][0]["images"]["worst"] is not None
 
 
 def test_damaged_files_are_left_out_and_named(world, tmp_path):
@@ -117,8 +117,8 @@ def test_damaged_files_are_left_out_and_named(world, tmp_path):
     assert "for choosing are not usable and were left out, the first is " in text
     assert "warning: test_images: 3 of 14 to ask about are not usable and were left out, the first is " in text
     of_layer = json.loads(output.read_text())["layers"][0]
-    assert of_layer["images"] == {"train": 38 - 13, "test": 14 - 3}
-    assert of_layer["rows"][0]["clean"]["n"] == 14 - 3
+    assert [of_layer[name] for name in ("images_for_choosing", "images_asked_about")] == [38 - 13, 14 - 3]
+    assert of_layer["table"][0]["clean"]["n"] == 14 - 3
 
 
 def test_images_are_drawn_from_all_of_a_sorted_folder(world):
@@ -294,7 +294,7 @@ def test_a_model_that_gives_no_numbers_is_named(world, tmp_path, monkeypatch):
 def test_the_legend_of_one_layer_is_not_cut(tmp_path):
     figures = {"value": 0.5, "interval": [0.4, 0.6], "n": 9}
     removals = ("nothing", "latents", "random", "magnitude", "pca", "probe")
-    layer = {"layer": 3, "sae": "s", "rows": [{"removal": name, "k": 1, "clean": figures} for name in removals]}
+    layer = {"layer": 3, "sae": "s", "table": [{"removal": name, "k": 1, "clean": figures} for name in removals]}
     write_accuracy_picture(tmp_path / "w.svg", [layer], "words taken out")
     picture = ElementTree.parse(tmp_path / "w.svg").getroot()
     ends = {

@@ -295,7 +295,7 @@ def test_words_erased(tower, classes, source, units):
             Writing(),
             {"colour": Question(some, colours)},
         )
-        rows = {(row["removal"], row["k"]): row for row in found["rows"]}
+        rows = {(row["removal"], row["k"]): row for row in found["table"]}
         expected = predictions(stream, source, range(12, N), units, [], [classes, colours])
     names = {"latents", "random", "magnitude", "pca"}
     assert set(rows) == {("nothing", 0), ("probe", 1)} | {(name, k) for name in names for k in (1, 3)}
@@ -306,8 +306,8 @@ def test_words_erased(tower, classes, source, units):
     assert colour["n"] == known.sum()
     low, high = clean["interval"]
     assert low <= clean["value"] <= high
-    assert len(found["latents"]) == 3
-    assert found["images"] == {"train": 12, "test": 12}
+    assert len(found["chosen_latents"]) == 3
+    assert (found["images_for_choosing"], found["images_asked_about"]) == (12, 12)
     assert list(rows["nothing", 0]) == ["removal", "k", "clean", "colour", "attacked", "nonsense", "reads"]
 
 
@@ -326,7 +326,7 @@ def test_words_of_another_language_are_drawn_where_it_is_asked(tower, classes, s
         found = erase_words(stream, units, train, Question(test, classes), Choice((1,)), writing, {})
     assert drawn[0] <= set(writing.words)
     assert drawn[1] == drawn[2] <= set(writing.test_words)
-    assert len(found["rows"]) == 6
+    assert len(found["table"]) == 6
 
 
 @pytest.mark.parametrize("select", ["difference", "auroc"])
@@ -338,8 +338,8 @@ def test_a_factor_erased(tower, classes, source, units, select):
         gain = gains(seen, train.y_N, [0, 1, 2], units, select)
         questions = {"shape": Question(told(source, range(12, N), 1), classes)}
         found = erase_factor(stream, units, train, questions, Choice((2,), select))
-    assert found["latents"] == most_gained(gain, 2).tolist()
-    names = [(row["removal"], row["k"]) for row in found["rows"]]
+    assert found["chosen_latents"] == most_gained(gain, 2).tolist()
+    names = [(row["removal"], row["k"]) for row in found["table"]]
     assert names == [(name, 2 if name != "nothing" else 0) for name in NAMES]
     assert value_prompts("shape")[0] == "a circle"
 

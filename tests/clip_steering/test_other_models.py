@@ -59,13 +59,13 @@ def test_both_commands(make, tmp_path, monkeypatch):
     words = ("--images", "scenes:test:4", "--words", tmp_path / "words.txt", "--template", "a {} thing", "--ask", 2)
     tokens = ("--tokens", "all" if make is siglip else "cls")
     found = run_json("steerability", *common, *words, *tokens, "--output", tmp_path / "s.csv", "--controls", 5)
-    assert found["latents"]["asked"] + found["latents"]["dead"] == 24
-    assert 0 < found["latents"]["s"] < 2
-    assert 0 < found["neurons"]["s"] < 2
+    assert found["of_latents"]["asked"] + found["of_latents"]["dead"] == 24
+    assert 0 < found["of_latents"]["s"] < 2
+    assert 0 < found["of_neurons"]["s"] < 2
     scenes = ("--images", "scenes:test:60", "--labels", "scene:backdrop", "--k", 1, "--limit", 10)
     [layer] = run_json("erase", *common, *scenes, "--output", tmp_path / "e.json")["layers"]
-    assert [row["removal"] for row in layer["rows"]][:2] == ["nothing", "latents"]
-    assert layer["rows"][0]["clean"]["n"] == 10
+    assert [row["removal"] for row in layer["table"]][:2] == ["nothing", "latents"]
+    assert layer["table"][0]["clean"]["n"] == 10
     if make is siglip:
         text = run("steerability", *common, *words, "--tokens", "cls", "--output", tmp_path / "t.csv", code=2)
         assert f"error: tokens: 'cls' is not one of all of {model}" in text

@@ -53,10 +53,10 @@ def test_several_saes_are_one_table(world, tmp_path):
     assert table["sae"].to_pylist() == [str(world / name) for name in ("one", "two") for _ in range(36)]
     alone = run_json(*call(world, tmp_path / "two.json", *few, sae="two"))
     assert "sae" not in json.loads((tmp_path / "two.json").read_text())["latents"][0]
-    assert found["saes"][1] == {"sae": str(world / "two"), **alone["latents"]}
+    assert found["saes"][1] == {"sae": str(world / "two"), **alone["of_latents"]}
     shares = [each["steerable"]["value"] for each in found["saes"]]
-    assert found["latents"]["steerable"]["value"] == pytest.approx(sum(shares) / 2)
-    assert found["latents"]["shared"]["words"] == 3
+    assert found["of_latents"]["steerable"]["value"] == pytest.approx(sum(shares) / 2)
+    assert found["of_latents"]["shared"]["words"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "s.parquet", "s.parquet.settings.toml", "two.json", "two.json.settings.toml",
     ]  # fmt: skip

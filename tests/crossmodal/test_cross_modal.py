@@ -211,7 +211,7 @@ def test_the_command(pairs, tmp_path):
     assert kept == [name for name, keep in zip(samples["image"], samples["kept"]) if keep]
     assert len(kept) == told["kept"] == 4
     summary = json.loads((tmp_path / "out" / "cross_modal.json").read_text())
-    assert summary["latents"]["scored"] == int((~np.isnan(omega)).sum())
+    assert summary["latent_kinds"]["scored"] == int((~np.isnan(omega)).sum())
     assert summary["settings"]["top"] == K
     patches = pq.read_table(tmp_path / "out" / "patches.parquet")
     assert len(patches) == sum(n for _, n, _ in LENGTHS)

@@ -99,7 +99,7 @@ def test_missing_images_are_counted_and_shown_as_placeholders(world, tmp_path):
     root = world[0]
     words = ("top-images", "--sae", root / "sae", "--codes", root / "codes", "--latents", "0:3", "--n", 2)
     said = run_json(*words, "--output", tmp_path / "out")
-    assert said["latents"] == [0, 1, 2]
+    assert (said["latents"], said["chosen_latents"]) == (3, [0, 1, 2])
     assert said["missing"] > 0
     none = run(*words, "--images", "none", "--output", tmp_path / "none")
     assert "images are missing" not in none
