@@ -75,7 +75,6 @@ def preactivation_kernel(
     stride_W_s,
     n_groups,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -103,8 +102,6 @@ def preactivation_kernel(
         m_d = o_d < d_in - d
         b_x = tl.load(p_x + o_x, mask=m_b[:, None] & m_d[None, :], other=0.0)
         b_W = tl.load(p_W + o_W, mask=m_d[:, None] & m_s[None, :], other=0.0)
-        if UPCAST:  # the interpreter's dot is wrong in bfloat16
-            b_x, b_W = b_x.to(tl.float32), b_W.to(tl.float32)
         acc = tl.dot(b_x, b_W, acc, input_precision=PRECISION)
         p_x += BLOCK_D
         p_W += BLOCK_D * stride_W_d
@@ -157,7 +154,6 @@ def launch_preactivations(x_RD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, pre_R
         W_enc_DS.stride(0),
         W_enc_DS.stride(1),
         maxima_RG.shape[1],
-        UPCAST=x_RD.device.type == "cpu",
         GROUP=GROUP,
         **config,
     )

@@ -1,13 +1,16 @@
 """Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once.
 
 And with masks that are one: what is compared as a scalar and spread over a block is a number there, which Triton 3.9
-refuses as a mask. And with bounds of loops that NumPy 2.4 takes: Triton 3.6 makes them of arrays of one element.
+refuses as a mask. And with bounds of loops that NumPy 2.4 takes: Triton 3.6 makes them of arrays of one element. And with
+products of bfloat16, whose bits it multiplies as integers.
 """
 
 import importlib.util
 import inspect
 import sys
 from types import ModuleType
+
+import numpy as np
 
 
 def quicken_interpreter() -> None:
@@ -53,6 +56,7 @@ def quicken_interpreter() -> None:
     interpreter._patch_builtin, interpreter._get_np_dtype = look_up, np_dtype
     _keep_booleans(interpreter)
     _take_one_element(interpreter)
+    _read_bfloat16(interpreter)
 
 
 def _keep_booleans(interpreter: ModuleType) -> None:
@@ -76,3 +80,17 @@ def _take_one_element(interpreter: ModuleType) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _read_bfloat16(interpreter: ModuleType) -> None:
+    """Its arrays hold bfloat16 as the upper half of a float32; a product of them is that of these float32."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def float32(handle):
+        if not handle.dtype.is_bf16():
+            return handle
+        values = (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+    builder.create_dot = lambda self, a, b, d, *how: dot(self, float32(a), float32(b), d, *how)

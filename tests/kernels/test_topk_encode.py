@@ -324,7 +324,7 @@ def kernel_cases(target: str) -> list[Case]:
         launch = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
         signature = {f"{tensor}_ptr": f"*{name}" for tensor in ("x", "W_enc", "b_enc", "pre")} | {"maxima_ptr": "*i32"}
         signature |= dict.fromkeys(("n_rows", "d_in", "d_sae", "stride_W_s", "n_groups"), "i32:16")
-        constexprs = config | {"stride_W_d": 1, "UPCAST": False, "GROUP": GROUP}
+        constexprs = config | {"stride_W_d": 1, "GROUP": GROUP}
         cases.append(Case(rows, "preactivation_kernel", target, signature, constexprs, **launch))
     signature = {"maxima_ptr": "*i32", "groups_ptr": "*i32", "n_groups": "i32:16", "k": "i32"}
     cases.append(Case(rows, "best_groups_kernel", target, signature, {"BLOCK_G": 1024}, num_warps=group_warps(1024)))
