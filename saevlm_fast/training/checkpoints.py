@@ -219,12 +219,12 @@ class RunDirectory:
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
 
     def _truncate_metrics(self, n_steps: int) -> None:
-        """Drop logged steps that the resumed run is about to repeat."""
+        """Drop logged steps after that one, which a resumed run is about to repeat."""
         path = self.path / METRICS_FILE
         if not path.is_file():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        kept, logged = [], path.read_text(encoding="utf-8", errors="replace")
+        for line in logged.splitlines():
             try:
                 record = parse_json(line.encode(), path)
                 check_record(record, _LOGGED, path, ValueError)
@@ -232,8 +232,9 @@ class RunDirectory:
                 break  # the line that was being written when the run was killed
             if record.get("step", math.inf) <= n_steps and not any(key.startswith("eval/") for key in record):
                 kept.append(line + "\n")
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+        if "".join(kept) != logged:
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(kept))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
@@ -323,9 +324,17 @@ class RunDirectory:
         )
 
     def diverged(self, step: int) -> str:
-        """What is left of a run whose loss or weights are no numbers after that step, which is its log's last line."""
-        self.log(step, {LOSS: math.nan})
-        return self.kept()
+        """What is left of a run whose loss or weights are no numbers after that step, which is its log's last line; if
+        there is no room for the line, that too. What ended the run is told in any case."""
+        untold = ""
+        try:
+            self._truncate_metrics(step - 1)  # weights are looked at after the step's line has been written
+            self.log(step, {LOSS: math.nan})
+        except OSError as error:
+            untold = f"; {METRICS_FILE} does not say so ({first_line(error)})"
+        with suppress(OSError):  # of the checkpoint that was being written
+            self.wait()
+        return self.kept() + untold
 
     def writing(self, what: str, path: Path | None = None) -> AbstractContextManager[None]:
         """Around what is written: a full disk leaves the newest checkpoint."""
