@@ -83,7 +83,9 @@ def test_a_run_that_diverges_says_so(tmp_path, no_room, monkeypatch, full_after)
             monkeypatch.setattr("saevlm_fast.training.checkpoints.open", no_open("a"), raising=False)
 
     more = {"log_every": 100, "lr": 1e39, "warmup_steps": 5, "on_step": no_room_from_then_on}
-    with pytest.raises(ValueError, match=r"NaN or inf (at|after) step \d+; .*metrics\.jsonl does not say so \(.*No space"):
+    with pytest.raises(
+        ValueError, match=r"NaN or inf (at|after) step \d+; .*metrics\.jsonl does not say so \(.*No space"
+    ):
         train(X, SAEConfig(8, 16, 2), steps=20, batch_size=32, output=tmp_path / "run", checkpoint_every=5, **more)
 
 
