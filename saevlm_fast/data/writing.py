@@ -7,7 +7,7 @@ import os
 import re
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.label_sets import Marks
 from saevlm_fast.data.matrix import check_finite, dtype_names, host_matrix
 from saevlm_fast.data.store import (
     ACTIVATIONS,
@@ -147,6 +148,7 @@ class StoreWriter(ABC):
         self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
         if part is not None:
             self._index = replace(index, shards=())
+        self._marks: Marks | None = Marks() if part in (None, 0) else None  # of ranks the first tells of them
         self._held = _Held(path)
         weakref.finalize(self, self._held.dropped)
 
@@ -192,6 +194,16 @@ class StoreWriter(ABC):
             record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
             shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
             self._save(replace(self._index, shards=tuple(shards)))
+        self._look_at_labels(table["label"].unique().to_pylist())
+
+    def _look_at_labels(self, labels: Iterable[str | None] = (), whole: bool = False) -> None:
+        """A Doubt, once, of what `evaluate` would refuse; whole: there are no others."""
+        if self._marks is not None and (mark := self._marks.add(labels).found(whole)):
+            self._marks = None
+            doubt(
+                f"items: label {mark} is below 0, as unlabelled images are marked, and is stored as any other; "
+                "evaluate refuses such labels: give None where nothing is known of an image, or a class a name"
+            )
 
     @abstractmethod
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
@@ -227,6 +239,7 @@ class StoreWriter(ABC):
             except ActivationError:
                 self._give_up()
                 raise
+            self._look_at_labels(whole=self._is_new)
 
     def __enter__(self: Writer) -> Writer:
         return self

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.data.writing import ActivationWriter
@@ -92,6 +93,37 @@ def test_rows_of_a_writer_that_nobody_closes_are_told_of(tmp_path):
         ActivationWriter(tmp_path / "of-ranks", 5, torch.float32, {})
     assert read_index(tmp_path / "whole").n_rows == 4
     assert read_index(tmp_path / "of-ranks").n_rows == 0, "other ranks will resume it"
+
+
+@pytest.mark.parametrize(
+    ("labels", "mark"),
+    [
+        ([-1, 0, 3, -1], "-1"),
+        (["cat", None, None, "-100.0"], "-100.0"),
+        ([-1, -1, -1, None], "-1"),
+        ([1, -1, -1, 2], "-1"),
+        ([1, -1, -1, 1], ""),
+        (["-1.00", None, "1", "1"], ""),
+        ([None, None, "", "-1 degrees"], ""),
+    ],
+)
+def test_labels_that_evaluate_refuses_are_told_of_when_they_are_written(tmp_path, labels, mark):
+    """In shards of two rows, of which each may look like attributes of -1 and 1."""
+
+    def write():
+        with ActivationWriter(tmp_path / "s", 5, torch.float32, {}, 2) as writer:
+            writer.append(rows_of(4), items_of(0, 4) | {"label": labels})
+
+    if mark:
+        with pytest.warns(Doubt, match=f"^items: label {mark} is below 0, .* evaluate refuses such labels") as warned:
+            write()
+        assert len(warned) == 1, "once"
+        with pytest.raises(ValueError, match=f"labels: {mark} on . images is below 0"):
+            LabelSet.of(open_activations(tmp_path / "s").items()["label"].to_pylist())
+        return
+    with warnings.catch_warnings(action="error"):
+        write()
+    LabelSet.of(open_activations(tmp_path / "s").items()["label"].to_pylist())
 
 
 def refused(path):
