@@ -54,6 +54,7 @@ from saevlm_fast.errors import (
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
+from saevlm_fast.torchrun import world_size
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
@@ -101,6 +102,7 @@ class StoreWriter(ABC):
     writer that is dropped with rows that no shard has yet warns of them, at the line that made it). After
     a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come again. Several processes: rank 0
     creates the store, every rank resumes it with its own `part` and writes shards by number, skipping those in `done`;
+    under torchrun it stays whatever rank 0 is refused, and the others do not end for the want of it;
     in the end rank 0 calls `merge_parts(path, complete=True)`.
     """
 
@@ -264,7 +266,7 @@ class StoreWriter(ABC):
 
     def _met_rows(self) -> None:
         """From the first rows on, an empty store of a writer that is dropped is in the way."""
-        if self._is_new and not self.done:
+        if self._is_new and not self.done and world_size() == 1:  # other ranks may be about to resume it
             self._held.written = self._written
 
     def _give_up(self) -> None:

@@ -155,6 +155,18 @@ def test_an_empty_store_is_not_left_behind(tmp_path, write):
         assert not list((tmp_path / "s").iterdir())
 
 
+@pytest.mark.parametrize("write", [refused, closed, left, failed])
+def test_a_store_of_several_ranks_stays_for_those_that_come_later(tmp_path, monkeypatch, write):
+    """Or they would say that there is none, beside the reason of rank 0."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises((ActivationError, ValueError, KeyError)):
+        write(tmp_path / "s")
+    gc.collect()
+    late = ActivationWriter.resume(tmp_path / "s", part=1)
+    late.write_shard(1, rows_of(2), items_of(0, 2))
+    assert late.n_rows == 2
+
+
 def test_a_forked_process_leaves_the_store_of_its_parent_alone(tmp_path):
     writer = ActivationWriter(tmp_path / "s", 5, torch.float32, {}, 4)
     writer.append(rows_of(3), items_of(0, 3))
