@@ -147,7 +147,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in needed.items()],
         **memory_figures(device, sum(needed.values()), free),
-        **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
+        **disk_figures(options.output, training_disk(*(sae for sae, *_ in saes)), kept),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),
     }

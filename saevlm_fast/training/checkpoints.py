@@ -58,7 +58,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.memory import check_disk
+from saevlm_fast.training.memory import KEPT_CHECKPOINTS, check_disk
 from saevlm_fast.training.saved_state import (
     CHECKPOINT_FILE,
     STATE_FILE,
@@ -84,7 +84,6 @@ _DIVERGED = Fields({"step": whole(), LOSS: Kind("null", lambda value: value is N
 _LONGEST_LINE = 1 << 16  # bytes, of the log
 STORE_FILE = "index.json"  # of a store of activations
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
-_KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
 _CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
 _CHECKPOINT_COSTS = 20  # work between two checkpoints, in units of what writing one takes: a twentieth of the time
@@ -201,7 +200,7 @@ class RunDirectory:
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
         else:
-            check_disk(self.output, [state.sae_config])
+            check_disk(self.output, [state.sae_config], state.config.n_steps, self.checkpoint_every)
         return replaces, latest_checkpoint(self.path) if self.resume else None
 
     def prepared(self, state: TrainingState, replaces: bool, checkpoint: Path | None) -> None:
@@ -308,7 +307,7 @@ class RunDirectory:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        for old in checkpoints(self.path)[:-_KEPT_CHECKPOINTS]:
+        for old in checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
             doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
             old.rename(doomed)
             shutil.rmtree(doomed)

@@ -246,7 +246,8 @@ class OnePass:
         self.needed = needed
         check_memory(device, needed)
         if self.options.output is not None and not self.options.resume:
-            check_disk(self.options.output, [sae for _, _, configs in places for sae, _ in configs.values()])
+            all_saes = [sae for _, _, configs in places for sae, _ in configs.values()]
+            check_disk(self.options.output, all_saes, self.config.n_steps, self.options.checkpoint_every)
         group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
         for name, rows, configs in places:
             place = self.place_of(name, rows, self.config, self._capacity(rows), device_of_buffer, device)
