@@ -98,12 +98,12 @@ class _Held:
 class StoreWriter(ABC):
     """What writing activations and writing codes have in common: whole shards, by number.
 
-    Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes; a
-    writer that is dropped with rows that no shard has yet warns of them, at the line that made it). After
-    a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come again. Several processes: rank 0
-    creates the store, every rank resumes it with its own `part` and writes shards by number, skipping those in `done`;
-    under torchrun it stays whatever rank 0 is refused, and the others do not end for the want of it;
-    in the end rank 0 calls `merge_parts(path, complete=True)`.
+    Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). One
+    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it, and takes away a store
+    that would be empty. After a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come
+    again. Several processes: rank 0 creates the store, every rank resumes it with its own `part` and writes shards by
+    number, skipping those in `done`; in the end rank 0 calls `merge_parts(path, complete=True)`. Under torchrun an
+    empty store stays, too: other ranks may be about to resume it.
     """
 
     FORMAT: ClassVar[str]
