@@ -6,14 +6,25 @@ Every message names the argument (or the file), its value and the limit, in one 
 import errno
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
-_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "functools", "torch")  # they make decorators of ours
+_OURS = __name__.partition(".")[0]
+_DECORATING = ("contextlib", "functools", "torch")  # of them decorators of ours are made
+_OF_THREADS = (
+    "concurrent",
+    "threading",
+    "queue",
+    "multiprocessing",
+    "weakref",
+)  # what calls us in one, or waits for it
+_NOT_THE_USERS = (_OURS, *_DECORATING, *_OF_THREADS)
 
 
 class ActivationError(ValueError):
@@ -28,12 +39,41 @@ class Doubt(UserWarning):
     """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
 
 
-def doubt(text: str, kind: type[Warning] = Doubt) -> None:
-    """Warns of it, at the line outside this package that led here: the user's, which can do something about it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, kind, stacklevel=level)
+class Line(NamedTuple):
+    """A line of a program, as warnings know it."""
+
+    file: str
+    number: int
+    module: str
+    registry: dict[Any, Any]
+
+
+def users_line() -> Line:
+    """The line outside this package that led here: the user's, which can do something about it.
+
+    In a thread that a pool has begun, whoever's that is, it is the main thread's: where it is waited for.
+    """
+    frame = _first_of_user(sys._getframe(1)) or _first_of_user(_main_threads()) or sys._getframe(1)
+    module = frame.f_globals.get("__name__") or "<string>"
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    return Line(frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+def _main_threads() -> FrameType | None:
+    """Its frame. Never to be kept in a name of that frame: the circle would keep what all callers hold."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def _first_of_user(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame = frame.f_back
+    return frame
+
+
+def doubt(text: str, kind: type[Warning] = Doubt, line: Line | None = None) -> None:
+    """Warns of it, at the user's line, or at one that was the user's before."""
+    file, number, module, registry = line or users_line()
+    warnings.warn_explicit(text, kind, file, number, module, registry)
 
 
 class Interrupted(BaseException):

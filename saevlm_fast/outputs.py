@@ -60,10 +60,17 @@ if hasattr(os, "register_at_fork"):
 
 def check_room(output: Path, needed: int, what: str) -> None:
     """ValueError: so many bytes are not free where it goes. what: takes them, with its verb."""
+    lacking = lacking_room(output, needed)
+    require(not lacking, f"output: {what} {size_text(needed)}, {lacking}")
+
+
+def lacking_room(output: Path, needed: int) -> str:
+    """That so many bytes are not free where it goes, as messages end; nothing if they are."""
     there = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
     total, _, free = shutil.disk_usage(there)
-    message = f"output: {what} {size_text(needed)}, and {size_text(free)} are free on the disk of {output}"
-    require(needed <= free or total == 0, message)  # some file systems over a network know no size
+    if needed <= free or total == 0:  # some file systems over a network know no size
+        return ""
+    return f"and {size_text(free)} are free on the disk of {output}"
 
 
 def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from concurrent.futures import Future
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from saevlm_fast.measures.results import Measured
 from saevlm_fast.scoring.tables import write_table
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.table import write_block
-from saevlm_fast.training.checkpoints import checkpoints
+from saevlm_fast.training.checkpoints import RunDirectory, checkpoints
 from saevlm_fast.training.run import train
 
 X = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
@@ -70,6 +71,31 @@ def test_the_first_checkpoint_and_the_log(tmp_path, no_room, monkeypatch):
     monkeypatch.setattr("saevlm_fast.training.checkpoints.open", no_open("a"), raising=False)
     with pytest.raises(DiskFull, match=told("the log", "no checkpoint had been written")):
         trained(tmp_path / "other")
+
+
+@pytest.mark.parametrize("full_after", [0, 3])
+def test_a_run_that_diverges_says_so(tmp_path, no_room, monkeypatch, full_after):
+    """Whether its weights or its loss are no numbers, and whatever becomes of the line of the log that says it."""
+
+    def no_room_from_then_on(step):
+        if step > full_after:
+            no_room(r"metrics\.jsonl")
+            monkeypatch.setattr("saevlm_fast.training.checkpoints.open", no_open("a"), raising=False)
+
+    more = {"log_every": 100, "lr": 1e39, "warmup_steps": 5, "on_step": no_room_from_then_on}
+    with pytest.raises(
+        ValueError, match=r"NaN or inf (at|after) step \d+; .*metrics\.jsonl does not say so \(.*No space"
+    ):
+        train(X, SAEConfig(8, 16, 2), steps=20, batch_size=32, output=tmp_path / "run", checkpoint_every=5, **more)
+
+
+def test_a_checkpoint_that_could_not_be_written_does_not_hide_a_divergence(tmp_path):
+    """As of a GPU, where it is written beside the steps."""
+    trained(tmp_path / "run")
+    kept, failed = RunDirectory(tmp_path / "run", None, False, False), Future()
+    failed.set_exception(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    kept._written = failed
+    assert "the last good checkpoint is" in kept.diverged(21)
 
 
 def no_open(mode):

@@ -31,9 +31,9 @@ _ENTRY_BYTES = 24
 
 def plan(options: EvaluateArguments) -> Plan:
     """What would be measured; the time of encoding alone, from a batch of rows, a control taken to be as slow as an
-    SAE.
+    SAE, and what comes besides.
 
-    How long the measures take, which is longer where rows are few, is not known before they are made.
+    How long that takes, which is longer where rows are few, is not known before it is done.
     """
     import time
 
@@ -70,8 +70,17 @@ def plan(options: EvaluateArguments) -> Plan:
             **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample) + sums),
             **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
             "encoding_alone_seconds": seconds,
+            "time_leaves_out": _not_timed(options, inputs),
         },
     )
+
+
+def _not_timed(options: EvaluateArguments, inputs: "Inputs") -> list[str]:
+    """Work that comes beside encoding."""
+    measures = ", ".join(name for name in inputs.names() if name != "reconstruction")  # which encoding gives
+    found = [f"{measures} of every SAE and control"]
+    found += [f"the making of controls: {', '.join(options.controls)}"] if options.controls else []
+    return found + (["the first SAE compared with each other"] if options.compare else [])
 
 
 def _first_rows(n: int, batch_size: int) -> Any:

@@ -18,7 +18,7 @@ from saevlm_fast.cli.planning import (
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings, RunOptions
+from saevlm_fast.config import DEVICE_HELP, HarvestOptions, HarvestSettings, RunOptions
 from saevlm_fast.errors import goes_on, require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
@@ -175,12 +175,11 @@ def _seconds_an_image(batch: "Batch", decoding: float, tower: "Tower", run: Any)
 
 
 def _row_bytes(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") -> int:
-    """What a row takes on disk: of codes a value and an index for each latent that fires, and where rows begin."""
-    size = planned.config.torch_store_dtype.itemsize
-    if planned.sae is None:
-        return store.width * size
-    k = planned.sae.config.k if planned.sae.config.architecture in SELECTING else None
-    return round((size + 4) * (_measured_l0(planned, store, batch) if k is None else k)) + 8
+    """What a row takes on disk."""
+    from saevlm_fast.harvesting.sizes import known_l0, row_bytes
+
+    k = 0 if planned.sae is None else known_l0(planned)
+    return row_bytes(planned, store, _measured_l0(planned, store, batch) if k is None else k)
 
 
 def _measured_l0(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") -> float:

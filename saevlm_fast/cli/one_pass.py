@@ -147,7 +147,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in needed.items()],
         **memory_figures(device, sum(needed.values()), free),
-        **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
+        **disk_figures(options.output, training_disk(*(sae for sae, *_ in saes)), kept),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),
     }
@@ -178,14 +178,19 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
     source = open_images(str(options.images))
     sizes, recipes = sizes_of(options)
     config = options.part(TrainConfig)
-    ranks = "" if peers is None else f"{peers.world} ranks: "
-    say(ranks + _sentence(options, min(len(source), options.limit or len(source)), config))
     tower = first_rank_first(peers, lambda: load_tower(str(options.model), device, on_message=tell))
     looks = TowerLooks(options, tower, source) if first else None
     records = [Record("train", part, part.output) for part in parts.values()] if first else []
     if first and set(parts) != {""}:
         records.append(Record("train", options, options.output))
-    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)), options.resume)) as told:
+    bar = TrainBar(config.steps)
+
+    def begin() -> None:
+        ranks = "" if peers is None else f"{peers.world} ranks: "
+        say(ranks + _sentence(options, min(len(source), options.limit or len(source)), config))
+        bar.__enter__()
+
+    with closing(_Steps(bar, records, next(iter(parts)), options.resume)) as told:
         try:
             trained = _trained(
                 peers,
@@ -196,6 +201,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
                 ranks_options(options.part(RunOptions), peers),
                 options.part(StreamSettings),
                 images_path=str(options.images),
+                on_begin=begin,
                 on_log=told.on_log,
                 on_step=told.on_step,
                 on_evaluated=bar.on_evaluated,

@@ -89,7 +89,7 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
         "saes": [f"{name}: d_sae {run.sae.d_sae:,}, {human_bytes(needed[name])}" for name, run in runs.items()],
         "resumes_at": [checkpoint.name if checkpoint else "step 0" for checkpoint in newest] or None,
         **memory_figures(device, sum(needed.values())),
-        **disk_figures(options.output, sum(training_disk(run.sae) for run in runs.values())),
+        **disk_figures(options.output, training_disk(*(run.sae for run in runs.values()))),
         **time_of_all(((part, run.config, run.n_rows) for part, run in zip(parts, runs.values())), device),
     }
     return Plan(sentence_of(runs), figures)

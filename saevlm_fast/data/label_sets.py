@@ -5,8 +5,8 @@ Shape suffixes: N images, L labels, M (image, label) entries.
 """
 
 import csv
+import math
 import os
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
 
 Label = str | int
-_BELOW_0 = re.compile(r"-\d+(\.0)?")
 
 
 @dataclass(frozen=True)
@@ -125,16 +124,50 @@ def _name(label: Any) -> str | None:
     return str(label) if whole or isinstance(label, str) else None
 
 
+class Marks:
+    """Looks among labels, which may come piece by piece, for numbers below 0, with which data sets mark what is not
+    labelled; of attributes -1 beside 1 is no. Numbers may be written in any way: -1, -1.00."""
+
+    def __init__(self) -> None:
+        self._first, self._ones, self._others = "", set[float](), False
+
+    def add(self, labels: Iterable[str | None]) -> "Marks":
+        """Distinct ones will do."""
+        for label in labels:
+            if not label:
+                continue
+            number = _number(label)
+            if number < 0:
+                self._first = self._first or label
+            if abs(number) == 1:
+                self._ones.add(number)
+            else:
+                self._others = True
+        return self
+
+    def found(self, whole: bool = True) -> str:
+        """The first that is none of a class; "" if there is none. whole: no label comes after these."""
+        of_attributes = not self._others and (self._ones == {-1, 1} or not whole)
+        return "" if of_attributes else self._first
+
+
+def _number(label: str) -> float:
+    """That it says; NaN of a text that is none."""
+    try:
+        return float(label) if math.isfinite(float(label)) else math.nan
+    except ValueError:
+        return math.nan
+
+
 def _check_marks(name: str, names: Sequence[str], per_image: Sequence[set[str] | None]) -> None:
-    """ValueError: a number below 0, with which data sets mark what is not labelled; of attributes -1 beside 1 is no."""
-    below = [label for label in names if _BELOW_0.fullmatch(label)]
-    if not below or {label.removesuffix(".0") for label in names} == {"-1", "1"}:
-        return
-    n = sum(label is not None and below[0] in label for label in per_image)
-    raise ValueError(
-        f"labels: {name}: {below[0]} on {n:,} images is below 0, as unlabelled images are marked; give None where "
+    """ValueError: numbers below 0."""
+    mark = Marks().add(names).found()
+    n = sum(label is not None and mark in label for label in per_image)
+    require(
+        not mark,
+        f"labels: {name}: {mark} on {n:,} images is below 0, as unlabelled images are marked; give None where "
         "nothing is known of an image (in a file no line), '' where it has no label (an empty cell), or a class a "
-        "name; --labels none leaves out those of a store"
+        "name; --labels none leaves out those of a store",
     )
 
 

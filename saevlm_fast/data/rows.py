@@ -32,6 +32,7 @@ from saevlm_fast.data.store import (
     read_items,
 )
 from saevlm_fast.errors import ActivationError, check_kind, require, shown, whole_number
+from saevlm_fast.files import sha256_file
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import path_of
 from saevlm_fast.urls import is_url, remote_path, url_of
@@ -233,6 +234,28 @@ class Activations(StoredRows):
         except OSError:  # removed since it was opened
             return same_key and self._file.absolute() == other._file.absolute()
 
+    def in_common_with(self, other: "Activations") -> str:
+        """What of these rows is known to be the other's, too, by digests of shards or by where rows are in memory; ""
+        if nothing is known. Rows of files that were cut or rounded otherwise are not known."""
+        if self._shards and other._shards:
+            theirs = {shard.sha256 for shard in other._shards}
+            n = sum(shard.sha256 in theirs for shard in self._shards)
+            return f"{n:,} of the {len(self._shards):,} shards" if n else ""
+        if self._shards or other._shards:
+            matrix, store = (other, self) if self._shards else (self, other)
+            return matrix._shard_of(store)
+        in_memory = self._key is None and other._key is None
+        return "some of the rows" if in_memory and _share_memory(self._tensors[0], other._tensors[0]) else ""
+
+    def _shard_of(self, store: "Activations") -> str:
+        """The shard that a file is, or is a copy of."""
+        if self._key is None or store._remote:
+            return ""
+        size = self._file.stat().st_size
+        alike = [shard for shard in store._shards if (store.path / shard.file).stat().st_size == size]
+        digest = remembered(self._file, "file", lambda: sha256_file(self._file)) if alike else ""
+        return next((shard.file for shard in alike if shard.sha256 == digest), "")
+
     @property
     def kept_dtype(self) -> torch.dtype:
         """In which rows are kept for training: that on disk; float64 is rounded to float32."""
@@ -402,6 +425,15 @@ def check_usable(path: Path, index: StoreIndex, format: str) -> None:
         ActivationError,
     )
     require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
+
+
+def _share_memory(x_ND: Tensor, y_MD: Tensor) -> bool:
+    """Whether a number is in both; False where that is hard to say."""
+    x, y = (each.view(torch.uint8).numpy() if each.stride(1) == 1 else None for each in (x_ND, y_MD))
+    try:
+        return x is not None and y is not None and np.shares_memory(x, y, max_work=1000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return False
 
 
 def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 The files are described in data/store.py; codes are written in data/codes.py.
 """
 
+import os
 import re
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.label_sets import Marks
 from saevlm_fast.data.matrix import check_finite, dtype_names, host_matrix
 from saevlm_fast.data.store import (
     ACTIVATIONS,
@@ -37,17 +40,21 @@ from saevlm_fast.data.store import (
 )
 from saevlm_fast.errors import (
     ActivationError,
+    Line,
     check_dense,
     check_kind,
+    doubt,
     first_line,
     require,
     shown,
+    users_line,
     while_writing,
     whole_number,
 )
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
+from saevlm_fast.torchrun import world_size
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
@@ -59,17 +66,47 @@ _OURS = re.compile(r"shard-\d{5,}\.safetensors|items-\d{5,}\.parquet|index\.part
 Writer = TypeVar("Writer", bound="StoreWriter")
 
 
+@dataclass
+class _Held:
+    """What a writer holds that is dropped, or that a process ends with: nobody has closed it.
+
+    written: its store's index while that is a new and empty one that would be in the way of the next try: rows have
+    come, and no shard was begun. rows: that have been appended, and no shard has. line: that made the writer.
+    """
+
+    path: Path
+    written: bytes | None = None
+    rows: int = 0
+    line: Line = field(default_factory=users_line)
+    process: int = field(default_factory=os.getpid)
+
+    def dropped(self) -> None:
+        """Says so and takes the empty store away, which nothing of the writer's is in."""
+        if os.getpid() != self.process:
+            return  # a fork's copy of it
+        if self.written is not None:
+            index = self.path / _INDEX
+            with suppress(OSError):  # without a lock: this may be called in the middle of whatever takes one
+                if index.read_bytes() == self.written and not part_files(self.path):
+                    index.unlink()
+        if self.rows:
+            what = f"the last {self.rows:,} rows that were appended to it are not on the disk"
+            doubt(f"{self.path}: its writer was never closed: {what}; `with` closes it", line=self.line)
+        self.written, self.rows = None, 0
+
+
 class StoreWriter(ABC):
     """What writing activations and writing codes have in common: whole shards, by number.
 
-    Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). After
-    a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come again. Several processes: rank 0
-    creates the store, every rank resumes it with its own `part` and writes shards by number, skipping those in `done`;
-    in the end rank 0 calls `merge_parts(path, complete=True)`.
+    Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). One
+    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it, and takes away a store
+    that would be empty. After a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come
+    again. Several processes: rank 0 creates the store, every rank resumes it with its own `part` and writes shards by
+    number, skipping those in `done`; in the end rank 0 calls `merge_parts(path, complete=True)`. Under torchrun an
+    empty store stays, too: other ranks may be about to resume it.
     """
 
     FORMAT: ClassVar[str]
-    _refusal: ValueError | None = None  # of rows or items, the last one
 
     def __init__(
         self,
@@ -113,6 +150,9 @@ class StoreWriter(ABC):
         self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
         if part is not None:
             self._index = replace(index, shards=())
+        self._marks: Marks | None = Marks() if part in (None, 0) else None  # of ranks the first tells of them
+        self._held = _Held(path)
+        weakref.finalize(self, self._held.dropped)
 
     @property
     def n_rows(self) -> int:
@@ -145,6 +185,7 @@ class StoreWriter(ABC):
         with self._refusing():
             n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
             table = _item_table(items, n_rows)
+        self._held.written = None  # a write that fails says how it goes on
         kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
         with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
@@ -155,6 +196,16 @@ class StoreWriter(ABC):
             record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
             shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
             self._save(replace(self._index, shards=tuple(shards)))
+        self._look_at_labels(table["label"].unique().to_pylist())
+
+    def _look_at_labels(self, labels: Iterable[str | None] = (), whole: bool = False) -> None:
+        """A Doubt, once, of what `evaluate` would refuse; whole: there are no others."""
+        if self._marks is not None and (mark := self._marks.add(labels).found(whole)):
+            self._marks = None
+            doubt(
+                f"items: label {mark} is below 0, as unlabelled images are marked, and is stored as any other; "
+                "evaluate refuses such labels: give None where nothing is known of an image, or a class a name"
+            )
 
     @abstractmethod
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
@@ -181,10 +232,16 @@ class StoreWriter(ABC):
         self._index, self._written = index, file.read_bytes()
 
     def close(self) -> None:
-        """Declares the store complete (a part: merge_parts does that)."""
+        """Declares the store complete (a part: merge_parts does that); a new one without rows goes, and is refused."""
         if not self.complete and self.part is None:
-            with self._alone():
-                self._save(_completed(self.path, self._index))
+            self._met_rows()  # or none ever will
+            try:
+                with self._alone():
+                    self._save(_completed(self.path, self._index))
+            except ActivationError:
+                self._give_up()
+                raise
+            self._look_at_labels(whole=self._is_new)
 
     def __enter__(self: Writer) -> Writer:
         return self
@@ -192,25 +249,31 @@ class StoreWriter(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an exception rows that are not on the disk are dropped; a new store goes if its first are refused."""
+        """After an exception rows that are not on the disk are dropped; a new store without any goes, if rows came."""
         if kind is None:
             self.close()
-        elif error is self._refusal and self._is_new and not self.done:
-            self._give_up()
+            return
+        self._held.rows = 0  # the exception says enough
+        self._give_up()
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
         try:
             yield
-        except ValueError as error:
-            self._refusal = error
+        except ValueError:
+            self._met_rows()
             raise
+
+    def _met_rows(self) -> None:
+        """From the first rows on, an empty store of a writer that is dropped is in the way."""
+        if self._is_new and not self.done and world_size() == 1:  # other ranks may be about to resume it
+            self._held.written = self._written
 
     def _give_up(self) -> None:
         """An empty store would be in the way of the next try. One that others have gone on with stays."""
-        with suppress(OSError, ValueError), self._alone():
-            if not part_files(self.path):
-                (self.path / _INDEX).unlink()
+        if self._held.written is not None:
+            with suppress(OSError, ValueError), self._alone():
+                self._held.dropped()
 
 
 class ActivationWriter(StoreWriter):
@@ -264,6 +327,7 @@ class ActivationWriter(StoreWriter):
         with self._refusing():
             batch_BD = self._checked(batch_BD)
             table = _item_table(items, len(batch_BD))
+        self._met_rows()
         buffer_ND = self._buffer_ND
         if buffer_ND is None:
             buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype, device="cpu")
@@ -274,6 +338,7 @@ class ActivationWriter(StoreWriter):
             buffer_ND[self._filled : self._filled + n].copy_(batch_BD[taken : taken + n])
             self._tables.append(table.slice(taken, n))
             self._filled, taken = self._filled + n, taken + n
+            self._held.rows = self._filled
             if self._filled == self.rows_per_shard:
                 self._flush()
 
@@ -281,7 +346,7 @@ class ActivationWriter(StoreWriter):
         assert self._buffer_ND is not None
         number = len(_contiguous(self.path, self._index).shards)
         self.write_shard(number, self._buffer_ND[: self._filled], pa.concat_tables(self._tables))
-        self._filled = 0
+        self._filled = self._held.rows = 0
         self._tables.clear()
 
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:

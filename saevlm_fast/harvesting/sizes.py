@@ -1,4 +1,4 @@
-"""What a store takes on the disk beside its rows: item tables, whose names of images may be long, and the index."""
+"""What a store takes on the disk: its rows, item tables, whose names of images may be long, and the index."""
 
 import io
 import json
@@ -6,9 +6,35 @@ import json
 import pyarrow.parquet as pq
 import torch
 
-from saevlm_fast.data.store import Shard
+from saevlm_fast.config import SELECTING
+from saevlm_fast.data.store import CODES, Shard, StoreIndex
 from saevlm_fast.data.writing import ITEM_COMPRESSION
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+
+_OFFSET_BYTES = 4  # where a row of codes begins
+
+
+def rows_are_known(plan: HarvestPlan, store: PlannedStore) -> bool:
+    """Whether its rows and their sizes are certain before they are made: not those of patches where images have grids
+    of their own, of prompts, or of codes whose latents no k counts."""
+    layout = plan.run.layouts.get(store.point)
+    counted = store.rows_per_image == 1 or (layout is not None and layout.grid is not None)
+    return counted and (plan.sae is None or (plan.sae.config.architecture == "topk" and plan.config.pool != "mean"))
+
+
+def known_l0(plan: HarvestPlan) -> int | None:
+    """Latents that fire on a row, by the SAE's k; None where it does not say."""
+    assert plan.sae is not None
+    return plan.sae.config.k if plan.sae.config.architecture in SELECTING else None
+
+
+def row_bytes(plan: HarvestPlan, store: PlannedStore, l0: float) -> int:
+    """Of a row of activations, or of codes with that many latents: a value and a number for each."""
+    dtype = plan.config.torch_store_dtype
+    if plan.sae is None:
+        return store.width * dtype.itemsize
+    latent = StoreIndex(CODES, store.width, dtype, {}).latents_dtype
+    return round((dtype.itemsize + latent.itemsize) * l0) + _OFFSET_BYTES
 
 
 def beside_rows(plan: HarvestPlan, store: PlannedStore) -> int:

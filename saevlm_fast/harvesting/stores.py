@@ -21,13 +21,22 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
-from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.errors import ActivationError, doubt, require, size_text
 from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
-from saevlm_fast.harvesting.sizes import beside_rows
+from saevlm_fast.harvesting.sizes import beside_rows, known_l0, row_bytes, rows_are_known
 from saevlm_fast.images.batches import Batch
 from saevlm_fast.images.sources import ImageSource
-from saevlm_fast.outputs import LOCK_FILE, begin_replacement, check_room, is_being_swapped, publish, settle, workplace
+from saevlm_fast.outputs import (
+    LOCK_FILE,
+    begin_replacement,
+    check_room,
+    is_being_swapped,
+    lacking_room,
+    publish,
+    settle,
+    workplace,
+)
 from saevlm_fast.records import (
     FILE_NAME,
     TEXT,
@@ -167,24 +176,34 @@ class HarvestStores:
             require(free, f"output: {there} is there and not of the harvest that --force replaces")
 
     def _check_disk(self) -> None:
-        """ValueError: there is less room than rows and their items take, of stores whose number of rows is known before
-        they are made: not of patches where images have grids of their own, of codes, or of texts."""
-        plan = self.plan
-        if plan.sae is not None or plan.config.is_language:
-            return
-        itemsize = plan.config.torch_store_dtype.itemsize
-        grids = {point: layout.grid for point, layout in plan.run.layouts.items()}
-        known = [store for store in plan.stores if store.rows_per_image == 1 or grids.get(store.point) is not None]
-        image_bytes = sum(store.rows_per_image * store.width * itemsize for store in known)
-        whole = int(plan.n_images * (1 - plan.options.max_skipped))  # the others may be unusable
-        there = sum(file.stat().st_size for file in self.place.rglob("shard-*.safetensors"))  # of one that goes on
-        beside = sum(beside_rows(plan, store) * self._share_left(store) for store in known)
-        needed = whole * image_bytes - there + round(beside * whole / plan.n_images)
-        check_room(self.output, needed, "what is left to write takes")
+        """ValueError: there is less room than rows and their items take, of stores of which that is certain. Less than
+        all stores may take is a Doubt."""
+        stores = self.plan.stores
+        known = [store for store in stores if rows_are_known(self.plan, store)]
+        check_room(self.output, self._left_to_write(known), "what is left to write takes")
+        estimate = self._left_to_write(stores)
+        if lacking := lacking_room(self.output, estimate):
+            doubt(
+                f"output: what is left to write may take {size_text(estimate)} by estimate, {lacking}; where it is "
+                "full the harvest ends, and --resume goes on once there is room"
+            )
 
-    def _share_left(self, store: PlannedStore) -> float:
-        """Of its units."""
-        return max(0.0, 1 - len(list(self._path(store).glob("items-*.parquet"))) / self.plan.n_units)
+    def _left_to_write(self, stores: Sequence[PlannedStore]) -> int:
+        """Bytes; by k, and by as many tokens as a prompt of few words has, where nothing better is known."""
+        plan = self.plan
+        l0 = 0 if plan.sae is None else known_l0(plan) or 0
+        needed = 0
+        for store in stores:
+            images = int(self._images_left(store) * (1 - plan.options.max_skipped))  # the others may be unusable
+            needed += images * store.rows_per_image * row_bytes(plan, store, l0)
+            needed += round(beside_rows(plan, store) * images / plan.n_images)
+        return needed
+
+    def _images_left(self, store: PlannedStore) -> int:
+        """Of the units that it lacks."""
+        numbers = {file.stem.removeprefix("shard-") for file in self._path(store).glob("shard-*.safetensors")}
+        missing = (unit for unit in range(self.plan.n_units) if f"{unit:05d}" not in numbers)
+        return sum(len(images) for unit in missing for images in self.plan.batches_of(unit))
 
     def _path(self, store: PlannedStore) -> Path:
         """Where the store is now."""

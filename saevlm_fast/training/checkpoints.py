@@ -58,7 +58,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.memory import check_disk
+from saevlm_fast.training.memory import KEPT_CHECKPOINTS, check_disk
 from saevlm_fast.training.saved_state import (
     CHECKPOINT_FILE,
     STATE_FILE,
@@ -84,7 +84,6 @@ _DIVERGED = Fields({"step": whole(), LOSS: Kind("null", lambda value: value is N
 _LONGEST_LINE = 1 << 16  # bytes, of the log
 STORE_FILE = "index.json"  # of a store of activations
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
-_KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
 _CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
 _CHECKPOINT_COSTS = 20  # work between two checkpoints, in units of what writing one takes: a twentieth of the time
@@ -201,7 +200,7 @@ class RunDirectory:
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
         else:
-            check_disk(self.output, [state.sae_config])
+            check_disk(self.output, [state.sae_config], state.config.n_steps, self.checkpoint_every)
         return replaces, latest_checkpoint(self.path) if self.resume else None
 
     def prepared(self, state: TrainingState, replaces: bool, checkpoint: Path | None) -> None:
@@ -219,12 +218,12 @@ class RunDirectory:
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
 
     def _truncate_metrics(self, n_steps: int) -> None:
-        """Drop logged steps that the resumed run is about to repeat."""
+        """Drop logged steps after that one, which a resumed run is about to repeat."""
         path = self.path / METRICS_FILE
         if not path.is_file():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        kept, logged = [], path.read_text(encoding="utf-8", errors="replace")
+        for line in logged.splitlines():
             try:
                 record = parse_json(line.encode(), path)
                 check_record(record, _LOGGED, path, ValueError)
@@ -232,8 +231,9 @@ class RunDirectory:
                 break  # the line that was being written when the run was killed
             if record.get("step", math.inf) <= n_steps and not any(key.startswith("eval/") for key in record):
                 kept.append(line + "\n")
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+        if "".join(kept) != logged:
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(kept))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
@@ -307,7 +307,7 @@ class RunDirectory:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        for old in checkpoints(self.path)[:-_KEPT_CHECKPOINTS]:
+        for old in checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
             doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
             old.rename(doomed)
             shutil.rmtree(doomed)
@@ -323,9 +323,17 @@ class RunDirectory:
         )
 
     def diverged(self, step: int) -> str:
-        """What is left of a run whose loss or weights are no numbers after that step, which is its log's last line."""
-        self.log(step, {LOSS: math.nan})
-        return self.kept()
+        """What is left of a run whose loss or weights are no numbers after that step, which is its log's last line; if
+        there is no room for the line, that too. What ended the run is told in any case."""
+        untold = ""
+        try:
+            self._truncate_metrics(step - 1)  # weights are looked at after the step's line has been written
+            self.log(step, {LOSS: math.nan})
+        except OSError as error:
+            untold = f"; {METRICS_FILE} does not say so ({first_line(error)})"
+        with suppress(OSError):  # of the checkpoint that was being written
+            self.wait()
+        return self.kept() + untold
 
     def writing(self, what: str, path: Path | None = None) -> AbstractContextManager[None]:
         """Around what is written: a full disk leaves the newest checkpoint."""

@@ -222,7 +222,7 @@ def train_many(
     needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
     check_memory(device, needed)
     if options.output is not None and not options.resume:
-        check_disk(options.output, saes.values())
+        check_disk(options.output, saes.values(), recipes[first].n_steps, options.checkpoint_every)
     line = ProgressLine(recipes[first].steps)
 
     def logged(name: str, step: int, metrics: Metrics) -> None:

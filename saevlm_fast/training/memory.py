@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saevlm_fast.config import PENALISED
-from saevlm_fast.errors import require, size_text
+from saevlm_fast.errors import doubt, require, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
     from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
     from saevlm_fast.data.rows import Activations
+
+KEPT_CHECKPOINTS = 2  # of a run, when no other is being written
 
 
 def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, control: str | None = None) -> int:
@@ -70,23 +72,40 @@ def sae_numbers(sae: "SAEConfig") -> int:
     return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
 
 
-def training_disk(sae: "SAEConfig", n_checkpoints: int = 3) -> int:
-    """The SAE, and checkpoints with its weights, training weights and two moments: two, and one being written."""
-    return 4 * sae_numbers(sae) * (1 + 4 * n_checkpoints)
+def training_disk(*saes: "SAEConfig", n_checkpoints: int = KEPT_CHECKPOINTS + 1) -> int:
+    """What runs of SAEs that are trained together hold at once, that write so many checkpoints: two each, and one that
+    is being written, or the finished SAEs. A checkpoint is an SAE, training weights and two moments."""
+    sizes = [4 * sae_numbers(sae) for sae in saes]
+    kept = 4 * sum(sizes) * min(n_checkpoints, KEPT_CHECKPOINTS)
+    return kept + max(sum(sizes), 4 * max(sizes) if n_checkpoints > KEPT_CHECKPOINTS else 0)
 
 
-def check_disk(output: Path, saes: "Iterable[SAEConfig]") -> None:
-    """That there is room for the SAEs with one checkpoint each, before anything is computed for them.
+def check_disk(output: Path, saes: "Iterable[SAEConfig]", n_steps: int, checkpoint_every: int | None) -> None:
+    """That there is room for the SAEs with the checkpoints that are there at once, before anything is computed.
+
+    How many a run writes by the clock is not known: one is certain, and a Doubt tells where more would not fit.
 
     Raises:
         ValueError: there is not, with what is needed and what is free.
     """
-    from saevlm_fast.outputs import check_room
+    from saevlm_fast.outputs import check_room, lacking_room
 
-    parts = [training_disk(sae, n_checkpoints=1) for sae in saes]
-    needed, n = sum(parts), len(parts)
-    what = "the SAE with a checkpoint takes" if n == 1 else f"{n} SAEs with their checkpoints take"
-    check_room(output, needed - _unfinished_bytes(output), what)
+    together, there = list(saes), _unfinished_bytes(output)
+    certain = 1 if checkpoint_every is None else -(-n_steps // checkpoint_every)
+    what, needed = _with_checkpoints(together, certain)
+    check_room(output, needed - there, what)
+    if checkpoint_every is None:
+        what, needed = _with_checkpoints(together, n_steps)
+        if lacking := lacking_room(output, needed - there):
+            doubt(f"output: {what} {size_text(needed - there)}, as a run of minutes has them at once, {lacking}")
+
+
+def _with_checkpoints(saes: "Sequence[SAEConfig]", n_written: int) -> tuple[str, int]:
+    """What takes room, with its verb, and how much."""
+    n = max(1, min(n_written, KEPT_CHECKPOINTS + 1))
+    checkpoints = "a checkpoint" if n == 1 else f"{n} checkpoints"
+    whose = f"the SAE with {checkpoints} takes" if len(saes) == 1 else f"{len(saes)} SAEs with {checkpoints} each take"
+    return whose, training_disk(*saes, n_checkpoints=n)
 
 
 def _unfinished_bytes(output: Path) -> int:

@@ -81,6 +81,7 @@ def train_from_images(
     *,
     images_path: str | None = None,
     progress: bool = False,
+    on_begin: Callable[[], None] = lambda: None,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_evaluated: Callable[[int, int], None] = lambda done, total: None,
@@ -98,7 +99,8 @@ def train_from_images(
         config, options: as of `train_many`; or their fields by name.
         stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
         images_path: what records call the images, where they are open already.
-        progress: show a line. on_log: called with the name of every SAE at its logged steps. on_step: called with the
+        progress: show a line. on_begin: called before the first image passes, once nothing that is known by then speaks
+            against it. on_log: called with the name of every SAE at its logged steps. on_step: called with the
             steps done at all places, and those to do. on_evaluated, on_note: as of `train`. on_finished: as of
             `train_many`; the tower has no hooks by then.
 
@@ -136,7 +138,7 @@ def train_from_images(
         on_evaluated(done, total)
 
     with closing(line), told_of_compiling(line.note if progress else on_note):
-        told = logged, on_step, evaluated, on_note, on_finished
+        told = on_begin, logged, on_step, evaluated, on_note, on_finished
         return trained_by(OnePass, source, path, tower, chosen, options, recipes, saes, held_out, *told)
 
 
@@ -150,6 +152,7 @@ def trained_by(
     recipes: Mapping[str, TrainConfig],
     saes: Mapping[str, SAESize],
     held_out: ImageSource | None,
+    on_begin: Callable[[], None],
     on_log: Callable[[str, int, Metrics], None],
     on_step: Callable[[int, int], None],
     on_evaluated: Callable[[int, int], None],
@@ -165,6 +168,7 @@ def trained_by(
         one_pass = kind(source, path, tower, run, harvest, chosen, options, recipes)
         one_pass.add(saes, device, on_log)
         one_pass.enter(stack)
+        on_begin()
         with tf32_products(False), dead_workers_in_one_line():
             one_pass.steps(on_step, on_note)
             return one_pass.finish(held_out, hooks, on_evaluated, on_finished)
@@ -242,7 +246,8 @@ class OnePass:
         self.needed = needed
         check_memory(device, needed)
         if self.options.output is not None and not self.options.resume:
-            check_disk(self.options.output, [sae for _, _, configs in places for sae, _ in configs.values()])
+            all_saes = [sae for _, _, configs in places for sae, _ in configs.values()]
+            check_disk(self.options.output, all_saes, self.config.n_steps, self.options.checkpoint_every)
         group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
         for name, rows, configs in places:
             place = self.place_of(name, rows, self.config, self._capacity(rows), device_of_buffer, device)

@@ -14,7 +14,7 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_setti
 from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.passes import told_of_passes
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
-from saevlm_fast.errors import Interrupted, check_kind, require
+from saevlm_fast.errors import Interrupted, check_kind, doubt, require
 from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
@@ -158,13 +158,18 @@ def fitting(
 
 
 def check_held_out(train_on: Activations, held_out: Activations) -> None:
-    """ValueError: the rows held out are of another width, or those trained on."""
+    """ValueError: the rows held out are of another width, or those trained on. Of some of these there is a Doubt."""
     require(held_out.d == train_on.d, f"validation: width {held_out.d} differs from the activations' {train_on.d}")
     same = train_on.is_same_as(held_out)
     if not same and (train_on.n_rows, train_on.d, train_on.dtype) == (held_out.n_rows, held_out.d, held_out.dtype):
         same = train_on.digest() == held_out.digest()  # a copy
     advice = "without validation the SAE is evaluated on those too, and says so"
     require(not same, f"validation: {train_on.path} is what is trained on; {advice}")
+    if common := train_on.in_common_with(held_out):
+        doubt(
+            f"validation: {common} of {train_on.path}, which is trained on, in {held_out.path}, too: what is measured "
+            "on these is not of rows held out"
+        )
 
 
 def mono_embeddings_of(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:

@@ -65,6 +65,10 @@ class SharedRunDirectory(RunDirectory):
         if self.leads:
             super().log(step, metrics)
 
+    def diverged(self, step: int) -> str:
+        """As of one process; rank 0 has the log."""
+        return super().diverged(step) if self.leads else self.kept()
+
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Write a checkpoint if rank 0's clock says so, or any rank was interrupted: all stop after the same step.
 

@@ -59,6 +59,7 @@ def train_from_images_shared(
     stream: StreamSettings,
     *,
     images_path: str,
+    on_begin: Callable[[], None] = lambda: None,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_evaluated: Callable[[int, int], None] = lambda done, total: None,
@@ -72,8 +73,8 @@ def train_from_images_shared(
         tower: of this rank, on its device. source: the images, the same for every rank.
         saes, config: what SAEs, and the recipe of each, by names.
         options: where the run goes; output is needed. The device is the rank's own.
-        stream, images_path: as of `train_from_images`; so are on_log, on_step, on_evaluated, on_note, and on_finished,
-            which rank 0 calls.
+        stream, images_path: as of `train_from_images`; so are on_begin, on_log, on_step, on_evaluated, on_note, and
+            on_finished, which rank 0 calls.
 
     Returns:
         As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part.
@@ -86,7 +87,7 @@ def train_from_images_shared(
     recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
     check_controls(recipes)
     held_out = open_held_out(stream.validation_images, images_path)
-    kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_evaluated, on_note, on_finished)
+    kind, told = partial(SharedOnePass, peers), (on_begin, on_log, on_step, on_evaluated, on_note, on_finished)
     with told_of_compiling(on_note):
         return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)
 

@@ -16,6 +16,7 @@ from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect
 from saevlm_fast.measures import measure, parts
+from saevlm_fast.measures.results import MEASURES
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
 
@@ -376,6 +377,18 @@ def test_a_dry_run_writes_nothing(there, tmp_path):
     assert figures["label_sets"] == ["labels"]
     assert len(figures["left_out"]) == 4
     assert files_below(tmp_path) == before
+
+
+def test_a_dry_run_says_what_its_time_leaves_out(there, tmp_path):
+    """Every measure that is then made, but that which encoding gives; controls and comparisons where they are asked."""
+    given = words(there, tmp_path / "out", "--controls", "pca,rotation")
+    measures, controls = run_json(*given, "--dry-run")["time_leaves_out"]
+    made = run_json(*given)["subjects"][0]["measures"].keys() - {"reconstruction"}
+    assert measures == f"{', '.join(sorted(made, key=MEASURES.index))} of every SAE and control"
+    assert controls == "the making of controls: pca, rotation"
+    text = " ".join(run(*given, "--force", "--dry-run").split())
+    assert "encoding alone" in text
+    assert "time leaves out" in text
 
 
 def test_several_rows_of_an_image_are_pooled(there, tmp_path):

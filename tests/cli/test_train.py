@@ -6,6 +6,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from command import run
 from saevlm_fast.sae import SparseAutoencoder
@@ -32,6 +33,25 @@ def test_rows_that_teach_nothing_are_refused_before_anything_is_said(rows, messa
     given = ("--activations", tmp_path / "x.npy", "--steps", 2, "--batch-size", 4, "--output", tmp_path / "out")
     text = " ".join(run("train", *given, *more, code=2).split())
     assert re.fullmatch(f"error: activations: .*{message}.*: there is nothing to learn", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "images: one row of residual-1-cls in .*: there is nothing to learn"),
+        (("--k", "2,3"), "images: one row of residual-1-cls in .*: there is nothing to learn"),
+        (("--dry-run",), "images: one row of residual-1-cls in .*: there is nothing to learn"),
+        (("--tokens", "patches", "--buffer", 3, "--batch-size", 4), "buffer: .*"),
+        (("--tokens", "patches", "--k", 9999), "k: .*"),
+    ],
+)
+def test_images_that_cannot_be_trained_on_are_refused_before_anything_is_said(more, message, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "one.png")
+    given = ("--model", "hf:tiny-clip", "--images", tmp_path / "photos", "--layer", 1, "--device", "cpu", "--steps", 2)
+    text = " ".join(run("train", *given, "--output", tmp_path / "out", *more, code=2).split())
+    assert re.fullmatch(f"error: {message}", text)
     assert not (tmp_path / "out").exists()
 
 

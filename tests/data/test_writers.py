@@ -1,6 +1,12 @@
 """Writers of a store: what they refuse, and that two of them lose nothing of each other's."""
 
+import gc
+import linecache
+import os
+import subprocess
+import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,10 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.errors import ActivationError
+from saevlm_fast.errors import ActivationError, Doubt
 from stores import SOURCE, items_of, rows_of
 
 
@@ -66,6 +73,124 @@ def test_a_store_whose_first_rows_are_refused_is_not_left_behind(tmp_path, wrong
         ):
             writer.append(rows_of(2), {"image": wrong, "token": [0, 0]})
         assert not list((tmp_path / "s").iterdir())
+
+
+def test_rows_of_a_writer_that_nobody_closes_are_told_of(tmp_path):
+    def drop(name, n_rows, rows_per_shard=4):
+        writer = ActivationWriter(tmp_path / name, 5, torch.float32, {}, rows_per_shard)
+        writer.append(rows_of(n_rows), items_of(0, n_rows))
+
+    told = r"{}: its writer was never closed: the last {} rows that were appended to it are not on the disk"
+    with pytest.warns(Doubt, match=told.format("empty", 3)) as warned:
+        drop("empty", 3)
+    assert "ActivationWriter(" in linecache.getline(warned[0].filename, warned[0].lineno)
+    assert not list((tmp_path / "empty").iterdir()), "an empty store would be in the way of the next try"
+    with pytest.warns(Doubt, match=told.format("begun", 2)):
+        drop("begun", 6)
+    assert read_index(tmp_path / "begun").n_rows == 4
+    with warnings.catch_warnings(action="error"):
+        drop("whole", 4)
+        ActivationWriter(tmp_path / "of-ranks", 5, torch.float32, {})
+    assert read_index(tmp_path / "whole").n_rows == 4
+    assert read_index(tmp_path / "of-ranks").n_rows == 0, "other ranks will resume it"
+
+
+@pytest.mark.parametrize(
+    ("labels", "mark"),
+    [
+        ([-1, 0, 3, -1], "-1"),
+        (["cat", None, None, "-100.0"], "-100.0"),
+        ([-1, -1, -1, None], "-1"),
+        ([1, -1, -1, 2], "-1"),
+        ([1, -1, -1, 1], ""),
+        (["-1.00", None, "1", "1"], ""),
+        ([None, None, "", "-1 degrees"], ""),
+    ],
+)
+def test_labels_that_evaluate_refuses_are_told_of_when_they_are_written(tmp_path, labels, mark):
+    """In shards of two rows, of which each may look like attributes of -1 and 1."""
+
+    def write():
+        with ActivationWriter(tmp_path / "s", 5, torch.float32, {}, 2) as writer:
+            writer.append(rows_of(4), items_of(0, 4) | {"label": labels})
+
+    if mark:
+        with pytest.warns(Doubt, match=f"^items: label {mark} is below 0, .* evaluate refuses such labels") as warned:
+            write()
+        assert len(warned) == 1, "once"
+        with pytest.raises(ValueError, match=f"labels: {mark} on . images is below 0"):
+            LabelSet.of(open_activations(tmp_path / "s").items()["label"].to_pylist())
+        return
+    with warnings.catch_warnings(action="error"):
+        write()
+    LabelSet.of(open_activations(tmp_path / "s").items()["label"].to_pylist())
+
+
+def refused(path):
+    ActivationWriter(path, 5, torch.float32, {}).append(rows_of(2)[:, :3], items_of(0, 2))
+
+
+def closed(path):
+    ActivationWriter(path, 5, torch.float32, {}).close()
+
+
+def left(path):
+    with ActivationWriter(path, 5, torch.float32, {}):
+        pass
+
+
+def failed(path):
+    with ActivationWriter(path, 5, torch.float32, {}) as writer:
+        writer.append(rows_of(2), items_of(0, 2))
+        raise KeyError("of the user's")
+
+
+@pytest.mark.parametrize("write", [refused, closed, left, failed])
+def test_an_empty_store_is_not_left_behind(tmp_path, write):
+    """A second try is as the first."""
+    for _ in range(2):
+        with warnings.catch_warnings(action="error"), pytest.raises((ActivationError, ValueError, KeyError)):
+            write(tmp_path / "s")
+        gc.collect()
+        assert not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize("write", [refused, closed, left, failed])
+def test_a_store_of_several_ranks_stays_for_those_that_come_later(tmp_path, monkeypatch, write):
+    """Or they would say that there is none, beside the reason of rank 0."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises((ActivationError, ValueError, KeyError)):
+        write(tmp_path / "s")
+    gc.collect()
+    late = ActivationWriter.resume(tmp_path / "s", part=1)
+    late.write_shard(1, rows_of(2), items_of(0, 2))
+    assert late.n_rows == 2
+
+
+def test_a_forked_process_leaves_the_store_of_its_parent_alone(tmp_path):
+    writer = ActivationWriter(tmp_path / "s", 5, torch.float32, {}, 4)
+    writer.append(rows_of(3), items_of(0, 3))
+    child = os.fork()
+    if child == 0:
+        writer._held.dropped()
+        os._exit(0)
+    os.waitpid(child, 0)
+    writer.close()
+    assert open_activations(tmp_path / "s").n_rows == 3
+
+
+def test_a_process_that_ends_without_closing_says_so(tmp_path):
+    """Of a writer that a name of a module holds to the end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from saevlm_fast import ActivationWriter\n"
+        "writer = ActivationWriter(sys.argv[1], 5, torch.float32, {})\n"
+        "writer.append(torch.ones(3, 5), {'image': ['a'] * 3, 'token': [0] * 3})\n"
+    )
+    done = subprocess.run([sys.executable, script, tmp_path / "s"], capture_output=True, text=True, check=True)
+    assert f"{script}:3: Doubt: {tmp_path / 's'}: its writer was never closed: the last 3 rows" in done.stderr
+    assert not list((tmp_path / "s").iterdir())
 
 
 def test_a_store_with_rows_or_with_other_writers_stays(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import saevlm_fast as sf
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Doubt
 from saevlm_fast.images.open import open_images
 from saevlm_fast.towers.load import load_tower
 
@@ -137,3 +138,41 @@ def test_too_small_a_disk_is_refused_before_the_images(tmp_path, tower, monkeypa
     sf.harvest(tower, SCENES, **given)
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 0))
     sf.harvest(tower, SCENES, **given, resume=True)  # all is there
+
+
+def free_bytes(monkeypatch, n):
+    from saevlm_fast import outputs
+
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, n))
+
+
+@pytest.mark.parametrize(("architecture", "latents"), [("topk", 2), ("topk", 1 << 10), ("batch_topk", 2), ("relu", 2)])
+def test_codes_are_counted_before_the_images(tmp_path, tower, monkeypatch, architecture, latents):
+    """Rows of topk are refused where they cannot fit; of what k does not say for certain, there is a doubt."""
+    k = None if architecture == "relu" else 100
+    sae = sf.SparseAutoencoder(SAEConfig.sized(128, expansion=latents, k=k, architecture=architecture))
+    sae.threshold.fill_(0.01)
+    sae.save_pretrained(tmp_path / "sae")
+    given = {"layer": 3, "sae": tmp_path / "sae", "output": tmp_path / "codes", "device": "cpu", "max_skipped": 0.0}
+    latent_bytes = 2 if latents * 128 <= 1 << 16 else 4
+    rows = 12 * (100 * (2 + latent_bytes) + 4)
+    free_bytes(monkeypatch, rows + 500)
+    if architecture == "topk":
+        with pytest.raises(ValueError, match=r"^output: what is left to write takes \S+ kB, and \S+ kB are free on"):
+            sf.harvest(tower, SCENES, **given)
+        assert not list(tmp_path.rglob("shard-*"))
+        free_bytes(monkeypatch, rows + 6_000)
+    if architecture == "batch_topk":
+        told = r"^output: what is left to write may take \S+ kB by estimate, and \S+ kB are free on .*--resume goes on"
+        with pytest.warns(Doubt, match=told):
+            sf.harvest(tower, SCENES, **given)
+    else:
+        free_bytes(monkeypatch, rows + 6_000)
+        with warnings.catch_warnings(action="error"):
+            sf.harvest(tower, SCENES, **given)
+    if architecture == "topk":
+        (shard,) = (tmp_path / "codes").glob("shard-*.safetensors")
+        assert rows - 100 < shard.stat().st_size < rows + 500
+    free_bytes(monkeypatch, 0)
+    with warnings.catch_warnings(action="error"):
+        sf.harvest(tower, SCENES, **given, resume=True)  # all is there

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from command import run, run_json
-from saevlm_fast import harvest
+from saevlm_fast import harvest, outputs
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import TOKEN_SCHEMA, verify
+from saevlm_fast.errors import Doubt
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.pairs import is_wrong
 from saevlm_fast.towers.text import load_llava
@@ -179,6 +180,17 @@ def test_bad_input(tmp_path, monkeypatch, changes, said):
     given |= {"--device": "cpu", "--output": "out", "--workers": "0"} | changes
     words = [word for pair in given.items() for word in pair if word is not None]
     assert said in refused("harvest", *words)
+
+
+def test_rows_of_a_language_model_are_estimated_before_the_pairs(tmp_path, monkeypatch):
+    """How many tokens a prompt has is known by then of the model's own pictures alone."""
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 9_000))
+    given = {"layer": 1, "point": "language", "device": "cpu"}
+    with pytest.warns(Doubt, match=r"^output: what is left to write may take \S+ kB by estimate, and 9\.0 kB are free"):
+        harvest("hf:tiny-llava", "scenes:test:4", tokens="all", output=tmp_path / "all", **given)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, 500))
+    with pytest.raises(ValueError, match=r"^output: what is left to write takes \S+ kB, and 0\.5 kB are free"):
+        harvest("hf:tiny-llava", "scenes:test:4", tokens="last", output=tmp_path / "last", **given)
 
 
 def test_dry_run_counts_rows(tmp_path):

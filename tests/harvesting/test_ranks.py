@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from forked import Forked
 from small_harvests import digests, harvest_arguments, run_harvest, small_units
@@ -16,6 +18,7 @@ from torchrun import bound_socket
 from command import run
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.harvesting import run as run_module
+from saevlm_fast.harvesting.stores import HarvestStores
 from tiny_tower import save_photos
 
 
@@ -138,6 +141,40 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tm
     assert "another of the 2 ranks has ended" in waiting
     assert "RuntimeError" not in waiting + failing
     assert sorted(path.name for path in tmp_path.glob("gone-*")) == ["gone-0", "gone-1"]
+
+
+def test_a_rank_that_comes_late_finds_the_store_of_which_rank_0_was_refused_the_first_shard(
+    model, photos, tmp_path, monkeypatch
+):
+    """Its own words are of the rank that has ended, and of no store that is gone."""
+    prepared, write = HarvestStores.check_prepared, HarvestStores._write_shard
+
+    def late(self, rank):
+        for _ in range(600):
+            if (tmp_path / "refused").exists():
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        prepared(self, rank)
+        (tmp_path / "found").touch()
+
+    def refuse(self, unit, store, writer, rows):
+        if os.environ["RANK"] == "0":
+            rows[0].values.fill_(torch.inf)
+            (tmp_path / "refused").touch()
+        write(self, unit, store, writer, rows)
+
+    monkeypatch.setattr(HarvestStores, "check_prepared", late)
+    monkeypatch.setattr(HarvestStores, "_write_shard", refuse)
+    ranks = start_ranks(2, harvest_arguments(model, photos, tmp_path / "out"), tmp_path)
+    for rank in ranks:
+        rank.join(120)
+    first, other = (rank.log.read_text() for rank in ranks)
+    assert [rank.exitcode for rank in ranks] == [2, 130], first + other
+    assert re.search(r"error: .*shard-00000\.safetensors as float\d+: row 0, column 0 is inf", " ".join(first.split()))
+    assert "another of the 2 ranks has ended" in other
+    assert (tmp_path / "found").exists()
+    assert "index.json" not in other
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Files of labels and taxonomies: every kind is read, and what is wrong with one is said in one line."""
 
+import re
 import warnings
 
 import numpy as np
@@ -130,10 +131,18 @@ def test_a_mark_of_what_is_not_labelled_is_no_class(labels):
         LabelSet.of([-100, 0, 1])
 
 
+@pytest.mark.parametrize("mark", ["-1.0", "-1.00", "-1.", "-1e0", "-100.000", "-0.5", " -1 "])
+def test_a_number_below_0_is_a_mark_however_it_is_written(mark):
+    with pytest.raises(ValueError, match=rf"labels: kind: {re.escape(mark)} on 1 images is below 0"):
+        LabelSet.of([mark, "0", "3"], "kind")
+
+
 def test_an_attribute_may_be_minus_one():
     """As CelebA's list has them."""
     assert LabelSet.of([-1, 1, 1]).names == ("-1", "1")
     assert LabelSet.of(["-1.0", "1.0", None]).names == ("-1.0", "1.0")
+    assert LabelSet.of(["-1.00", "1.00"]).names == ("-1.00", "1.00")
+    assert LabelSet.of(["-inf", "a", "-0"]).names == ("-0", "-inf", "a")
     assert LabelSet.of(["-1 degrees", "left-1"]).names == ("-1 degrees", "left-1")
 
 

@@ -1,6 +1,7 @@
 """Where rows are kept: by the memory that is free, by arithmetic that messages show; a run is the same either way."""
 
 import shutil
+import warnings
 from functools import partial
 
 import numpy as np
@@ -12,9 +13,11 @@ from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Doubt, size_text
 from saevlm_fast.peers import Alone, Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import dead_latents, memory, sharded_dead
+from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
 from saevlm_fast.training.many import train_many
 from saevlm_fast.training.memory import auxiliary_memory, memory_of, most_memory_of, rows_go_to_device, training_memory
@@ -194,13 +197,52 @@ def on_disk(path):
 
 
 @pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_room_is_asked_for_all_checkpoints_that_are_there_at_once(x_ND, monkeypatch, tmp_path, many, n):
+    """The most that was there when a checkpoint or an SAE had just been written, before others went, and no less."""
+    saes = {"a": SAE, "b": SAE} if many else {"": SAE}
+    known = {"steps": n, "checkpoint_every": 1, "batch_size": 64, "device": "cpu", "output": tmp_path / "run"}
+    run = partial(train_many, x_ND, saes) if many else partial(train, x_ND, SAE)
+    most = []
+    for name in ("_drop_old", "finish"):
+        before = getattr(RunDirectory, name)
+
+        def measured(self, *given, before=before):
+            most.append(on_disk(tmp_path / "run"))
+            before(self, *given)
+
+        monkeypatch.setattr(RunDirectory, name, measured)
+    run(**known)
+    needed = memory.training_disk(*saes.values(), n_checkpoints=min(n, 3))
+    assert needed <= max(most) <= needed + len(saes) * 8000, "headers, thresholds and counters apart"
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
+    kept = "a checkpoint" if n == 1 else f"{min(n, 3)} checkpoints"
+    told = rf"^output: 2 SAEs with {kept} each take" if many else rf"^output: the SAE with {kept} takes"
+    with pytest.raises(ValueError, match=rf"{told} {size_text(needed)}, and .* are free on the disk of .*run"):
+        run(**known)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed))
+    with warnings.catch_warnings(action="error"):
+        run(**known)
+
+
+def test_a_run_by_the_clock_may_keep_more_than_there_is_room_for(x_ND, monkeypatch, tmp_path):
+    one, three = (memory.training_disk(SAE, n_checkpoints=n) for n in (1, 3))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, one))
+    told = rf"^output: the SAE with 3 checkpoints takes {size_text(three)}, as a run of minutes .*, and .* are free on"
+    with pytest.warns(Doubt, match=told):
+        train(x_ND, SAE, steps=3, batch_size=64, device="cpu", output=tmp_path / "run")
+
+
+@pytest.mark.parametrize("many", [False, True])
 def test_a_run_whose_checkpoint_cannot_be_kept_is_refused_before_its_first_step(x_ND, monkeypatch, tmp_path, many):
     """What is asked for is what a run of one checkpoint takes."""
     saes = {"a": SAE, "b": SAE} if many else {"": SAE}
     known = {"steps": 3, "batch_size": 64, "device": "cpu", "output": tmp_path / "run"}
     run = partial(train_many, x_ND, saes) if many else partial(train, x_ND, SAE)
     run(**known)
-    taken, needed = on_disk(tmp_path / "run"), len(saes) * memory.training_disk(SAE, 1)
+    taken, needed = on_disk(tmp_path / "run"), memory.training_disk(*saes.values(), n_checkpoints=1)
     assert needed <= taken <= needed + len(saes) * 3000, "headers, thresholds and counters apart"
     shutil.rmtree(tmp_path / "run")
     with monkeypatch.context() as patch:

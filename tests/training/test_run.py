@@ -208,6 +208,16 @@ def test_a_run_that_diverged_and_goes_on_is_one_no_more(matrix, tmp_path):
     assert inspect(tmp_path / "run")["diverged_at"] is None
 
 
+def test_a_step_after_which_weights_are_no_numbers_stands_once_in_the_log(matrix, tmp_path):
+    options = {"checkpoint_every": 1, "log_every": 1}
+    with pytest.raises(ValueError, match=r"NaN or inf after step \d+"):
+        run(matrix, tmp_path / "run", lr=1e39, warmup_steps=2, options=options)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, len(logged) + 1))
+    assert logged[-1] == {"step": len(logged), "losses/overall_loss": None}
+    assert all(line["losses/overall_loss"] is not None for line in logged[:-1])
+
+
 def test_a_finite_loss_before_a_bad_update_does_not_make_a_good_checkpoint(matrix, tmp_path):
     with pytest.raises(ValueError, match=r"NaN or inf (at|after) step \d+") as caught:
         run(matrix, tmp_path / "run", lr=1e39, warmup_steps=2, options={"checkpoint_every": 1})

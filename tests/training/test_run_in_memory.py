@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.errors import Doubt, Interrupted
 from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import evaluate
 from saevlm_fast.training.run import train
+from stores import write_store
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)
 FEW = {"steps": 40, "batch_size": 128, "lr": 3e-3}
@@ -63,6 +65,35 @@ def test_a_matrix_in_memory_trains_into_a_directory_and_resumes(x_ND, tmp_path):
 def test_validation_rows_are_the_ones_evaluated(x_ND):
     _, metrics = train(Activations.from_tensor(x_ND), SAE, validation=Activations.from_tensor(x_ND[:77]), **FEW)
     assert metrics["rows"] == 77
+
+
+def test_rows_of_which_some_are_trained_on_are_told_of(x_ND, tmp_path):
+    """Of stores by their shards' digests, of a file that is a shard, of rows in memory by where they are."""
+    first, more = x_ND[:300], torch.cat([x_ND[:200], x_ND[700:900]])
+    for name, rows in (("trained", first), ("held", more), ("other", x_ND[700:900])):
+        write_store(tmp_path / name, rows, 100, batch=100)
+    shutil.copy(tmp_path / "trained" / "shard-00001.safetensors", tmp_path / "copy.safetensors")
+    shard = tmp_path / "trained" / "shard-00002.safetensors"
+    for trained, held_out, common in (
+        (tmp_path / "trained", tmp_path / "held", "2 of the 3 shards of .*trained"),
+        (tmp_path / "trained", tmp_path / "copy.safetensors", r"shard-00001\.safetensors of .*trained"),
+        (tmp_path / "trained", shard, r"shard-00002\.safetensors of .*trained"),
+        (shard, tmp_path / "trained", r"shard-00002\.safetensors of .*"),
+        (x_ND, x_ND[:77], r"some of the rows of tensor \[.*\]"),
+        (x_ND[::2], x_ND[700:], r"some of the rows of tensor \[.*\]"),
+        (x_ND.bfloat16(), x_ND.bfloat16()[:77], None),
+        (x_ND[100:], x_ND[:100], None),
+        (x_ND[::2], x_ND[1::2], None),
+        (tmp_path / "trained", tmp_path / "other", None),
+        (x_ND, tmp_path / "trained", None),
+    ):
+        if common is None:
+            with warnings.catch_warnings(action="error"):
+                train(trained, SAE, validation=held_out, **FEW)
+            continue
+        told = f"^validation: {common}, which is trained on, in .*, too: what is measured on these is not of rows held"
+        with pytest.warns(Doubt, match=told):
+            train(trained, SAE, validation=held_out, **FEW)
 
 
 def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
