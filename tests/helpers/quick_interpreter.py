@@ -1,8 +1,8 @@
 """Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once.
 
-And with masks that are one: what is compared as a scalar and spread over a block is a number there, which Triton 3.9
-refuses as a mask. And with bounds of loops that NumPy 2.4 takes: Triton 3.6 makes them of arrays of one element. And with
-products of bfloat16, whose bits it multiplies as integers.
+And right where it is not. What is compared as a scalar and spread over a block is a number there, which Triton 3.9
+refuses as a mask: it stays a mask. Bounds of loops are arrays of one element in Triton 3.6, which NumPy 2.4 does not
+take. The bits of bfloat16 are multiplied as integers.
 """
 
 import importlib.util
