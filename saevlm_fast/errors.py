@@ -15,16 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-_OURS = __name__.partition(".")[0]
-_DECORATING = ("contextlib", "functools", "torch")  # of them decorators of ours are made
-_OF_THREADS = (
-    "concurrent",
-    "threading",
-    "queue",
-    "multiprocessing",
-    "weakref",
-)  # what calls us in one, or waits for it
-_NOT_THE_USERS = (_OURS, *_DECORATING, *_OF_THREADS)
+# What calls us in a thread, or waits for one; and what decorators of ours are made of.
+_OF_THREADS = ("asyncio", "concurrent", "multiprocessing", "queue", "selectors", "threading", "weakref")
+_NOT_THE_USERS = (__name__.partition(".")[0], "contextlib", "functools", "torch", *_OF_THREADS)
 
 
 class ActivationError(ValueError):

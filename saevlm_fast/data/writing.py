@@ -67,43 +67,31 @@ Writer = TypeVar("Writer", bound="StoreWriter")
 
 
 @dataclass
-class _Held:
-    """What a writer holds that is dropped, or that a process ends with: nobody has closed it.
-
-    written: its store's index while that is a new and empty one that would be in the way of the next try: rows have
-    come, and no shard was begun. rows: that have been appended, and no shard has. line: that made the writer.
-    """
+class _Unwritten:
+    """Rows that were appended to a writer and that no shard has. line: that made the writer."""
 
     path: Path
-    written: bytes | None = None
     rows: int = 0
     line: Line = field(default_factory=users_line)
     process: int = field(default_factory=os.getpid)
 
     def dropped(self) -> None:
-        """Says so and takes the empty store away, which nothing of the writer's is in."""
-        if os.getpid() != self.process:
-            return  # a fork's copy of it
-        if self.written is not None:
-            index = self.path / _INDEX
-            with suppress(OSError):  # without a lock: this may be called in the middle of whatever takes one
-                if index.read_bytes() == self.written and not part_files(self.path):
-                    index.unlink()
-        if self.rows:
+        """Warns of them: nobody has closed the writer, which is gone, or whose process ends."""
+        if self.rows and os.getpid() == self.process:  # or it is a fork's copy of it
             what = f"the last {self.rows:,} rows that were appended to it are not on the disk"
             doubt(f"{self.path}: its writer was never closed: {what}; `with` closes it", line=self.line)
-        self.written, self.rows = None, 0
 
 
 class StoreWriter(ABC):
     """What writing activations and writing codes have in common: whole shards, by number.
 
     Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). One
-    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it, and takes away a store
-    that would be empty. After a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come
+    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it. After a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come
     again. Several processes: rank 0 creates the store, every rank resumes it with its own `part` and writes shards by
-    number, skipping those in `done`; in the end rank 0 calls `merge_parts(path, complete=True)`. Under torchrun an
-    empty store stays, too: other ranks may be about to resume it.
+    number, skipping those in `done`; in the end rank 0 calls `merge_parts(path, complete=True)`.
+
+    A new store without rows goes when its writer gives up, in `with` or by `close`; not under torchrun, where other
+    ranks may be about to resume it. One that is left all the same is in nobody's way: the next writer begins it anew.
     """
 
     FORMAT: ClassVar[str]
@@ -117,7 +105,7 @@ class StoreWriter(ABC):
         *,
         force: bool = False,
     ):
-        """Starts an empty store. A directory that is not empty is refused; `force` deletes the store in it."""
+        """Starts an empty store. A directory that holds more than one is refused; `force` deletes the store in it."""
         path = path_of("path", path)
         width = whole_number(WIDTH_NAMES[self.FORMAT], width)
         check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
@@ -151,8 +139,9 @@ class StoreWriter(ABC):
         if part is not None:
             self._index = replace(index, shards=())
         self._marks: Marks | None = Marks() if part in (None, 0) else None  # of ranks the first tells of them
-        self._held = _Held(path)
-        weakref.finalize(self, self._held.dropped)
+        self._in_the_way = False  # of the next try: a new store, empty though rows have come
+        self._unwritten = _Unwritten(path)
+        weakref.finalize(self, self._unwritten.dropped)
 
     @property
     def n_rows(self) -> int:
@@ -185,7 +174,7 @@ class StoreWriter(ABC):
         with self._refusing():
             n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
             table = _item_table(items, n_rows)
-        self._held.written = None  # a write that fails says how it goes on
+        self._in_the_way = False  # a write that fails says how it goes on
         kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
         with while_writing(f"shard {number} of a store", kept), self._alone():
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
@@ -253,7 +242,7 @@ class StoreWriter(ABC):
         if kind is None:
             self.close()
             return
-        self._held.rows = 0  # the exception says enough
+        self._unwritten.rows = 0  # the exception says enough
         self._give_up()
 
     @contextmanager
@@ -265,15 +254,15 @@ class StoreWriter(ABC):
             raise
 
     def _met_rows(self) -> None:
-        """From the first rows on, an empty store of a writer that is dropped is in the way."""
-        if self._is_new and not self.done and world_size() == 1:  # other ranks may be about to resume it
-            self._held.written = self._written
+        """From the first rows on, an empty store of a writer that gives up is in the way."""
+        self._in_the_way = self._is_new and not self.done and world_size() == 1  # ranks may be about to resume it
 
     def _give_up(self) -> None:
         """An empty store would be in the way of the next try. One that others have gone on with stays."""
-        if self._held.written is not None:
+        if self._in_the_way:
             with suppress(OSError, ValueError), self._alone():
-                self._held.dropped()
+                if not part_files(self.path):
+                    (self.path / _INDEX).unlink()
 
 
 class ActivationWriter(StoreWriter):
@@ -338,15 +327,16 @@ class ActivationWriter(StoreWriter):
             buffer_ND[self._filled : self._filled + n].copy_(batch_BD[taken : taken + n])
             self._tables.append(table.slice(taken, n))
             self._filled, taken = self._filled + n, taken + n
-            self._held.rows = self._filled
+            self._unwritten.rows = self._filled
             if self._filled == self.rows_per_shard:
                 self._flush()
 
     def _flush(self) -> None:
         assert self._buffer_ND is not None
+        self._unwritten.rows = 0  # a write that fails says so itself
         number = len(_contiguous(self.path, self._index).shards)
         self.write_shard(number, self._buffer_ND[: self._filled], pa.concat_tables(self._tables))
-        self._filled = self._held.rows = 0
+        self._filled = 0
         self._tables.clear()
 
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
@@ -415,11 +405,19 @@ def _claim_directory(path: Path, force: bool) -> None:
     require(path.is_dir() or not path.exists(), f"{path}: exists and is not a directory", ActivationError)
     path.mkdir(parents=True, exist_ok=True)
     require(
-        force or not any(path.iterdir()),
+        force or not any(path.iterdir()) or _is_empty_store(path),
         f"{path}: the directory is not empty; resume the store in it, or use force to replace it",
         ActivationError,
     )
     clear_store(path)
+
+
+def _is_empty_store(path: Path) -> bool:
+    """Nothing but the index of a store that was begun: its writer was dropped before it had rows."""
+    if [each.name for each in path.iterdir()] != [_INDEX]:
+        return False
+    index = read_index(path)
+    return not index.shards and not index.complete
 
 
 def _as_written(path: Path) -> tuple[StoreIndex, bytes]:
