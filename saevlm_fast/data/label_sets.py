@@ -154,17 +154,17 @@ class Marks:
 def _number(label: str) -> float:
     """That it says; NaN of a text that is none."""
     try:
-        return float(label) if math.isfinite(float(label)) else math.nan
+        return float(label) if "_" not in label and math.isfinite(float(label)) else math.nan
     except ValueError:
         return math.nan
 
 
 def _check_marks(name: str, names: Sequence[str], per_image: Sequence[set[str] | None]) -> None:
     """ValueError: numbers below 0."""
-    mark = Marks().add(names).found()
+    if not (mark := Marks().add(names).found()):
+        return
     n = sum(label is not None and mark in label for label in per_image)
-    require(
-        not mark,
+    raise ValueError(
         f"labels: {name}: {mark} on {n:,} images is below 0, as unlabelled images are marked; give None where "
         "nothing is known of an image (in a file no line), '' where it has no label (an empty cell), or a class a "
         "name; --labels none leaves out those of a store",

@@ -235,25 +235,30 @@ class Activations(StoredRows):
             return same_key and self._file.absolute() == other._file.absolute()
 
     def in_common_with(self, other: "Activations") -> str:
-        """What of these rows is known to be the other's, too, by digests of shards or by where rows are in memory; ""
-        if nothing is known. Rows of files that were cut or rounded otherwise are not known."""
+        """What is known to be in both, by digests of shards or by where rows are in memory; "" if nothing is. Rows of
+        files that were cut or rounded otherwise are not known."""
         if self._shards and other._shards:
             theirs = {shard.sha256 for shard in other._shards}
             n = sum(shard.sha256 in theirs for shard in self._shards)
-            return f"{n:,} of the {len(self._shards):,} shards" if n else ""
+            return f"{n:,} of the {len(self._shards):,} shards of {self.path} are in {other.path}, too" if n else ""
         if self._shards or other._shards:
             matrix, store = (other, self) if self._shards else (self, other)
-            return matrix._shard_of(store)
+            shard = matrix._shard_of(store)
+            return f"{matrix.path} is {shard} of {store.path}, or a copy of it" if shard else ""
         in_memory = self._key is None and other._key is None
-        return "some of the rows" if in_memory and _share_memory(self._tensors[0], other._tensors[0]) else ""
+        shared = in_memory and _share_memory(self._tensors[0], other._tensors[0])
+        return "some rows are those that are trained on" if shared else ""
 
     def _shard_of(self, store: "Activations") -> str:
         """The shard that a file is, or is a copy of."""
         if self._key is None or store._remote:
             return ""
-        size = self._file.stat().st_size
-        alike = [shard for shard in store._shards if (store.path / shard.file).stat().st_size == size]
-        digest = remembered(self._file, "file", lambda: sha256_file(self._file)) if alike else ""
+        try:
+            size = self._file.stat().st_size
+            alike = [shard for shard in store._shards if (store.path / shard.file).stat().st_size == size]
+            digest = remembered(self._file, "file", lambda: sha256_file(self._file)) if alike else ""
+        except OSError:  # gone since it was opened
+            return ""
         return next((shard.file for shard in alike if shard.sha256 == digest), "")
 
     @property

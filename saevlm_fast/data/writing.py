@@ -86,9 +86,10 @@ class StoreWriter(ABC):
     """What writing activations and writing codes have in common: whole shards, by number.
 
     Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). One
-    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it. After a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come
-    again. Several processes: rank 0 creates the store, every rank resumes it with its own `part` and writes shards by
-    number, skipping those in `done`; in the end rank 0 calls `merge_parts(path, complete=True)`.
+    that is dropped unclosed warns of the rows that no shard has yet, at the line that made it. After a crash
+    `resume(path)` goes on; its `n_rows` rows are on the disk and must not come again. Several processes: rank 0 creates
+    the store, every rank resumes it with its own `part` and writes shards by number, skipping those in `done`; in the
+    end rank 0 calls `merge_parts(path, complete=True)`.
 
     A new store without rows goes when its writer gives up, in `with` or by `close`; not under torchrun, where other
     ranks may be about to resume it. One that is left all the same is in nobody's way: the next writer begins it anew.

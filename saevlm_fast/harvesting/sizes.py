@@ -16,10 +16,10 @@ _OFFSET_BYTES = 4  # where a row of codes begins
 
 def rows_are_known(plan: HarvestPlan, store: PlannedStore) -> bool:
     """Whether its rows and their sizes are certain before they are made: not those of patches where images have grids
-    of their own, of prompts, or of codes whose latents no k counts."""
+    of their own, of prompts, or of codes, since a latent that is 0 is not stored."""
     layout = plan.run.layouts.get(store.point)
     counted = store.rows_per_image == 1 or (layout is not None and layout.grid is not None)
-    return counted and (plan.sae is None or (plan.sae.config.architecture == "topk" and plan.config.pool != "mean"))
+    return counted and plan.sae is None
 
 
 def known_l0(plan: HarvestPlan) -> int | None:

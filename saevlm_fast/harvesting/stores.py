@@ -181,7 +181,7 @@ class HarvestStores:
         stores = self.plan.stores
         known = [store for store in stores if rows_are_known(self.plan, store)]
         check_room(self.output, self._left_to_write(known), "what is left to write takes")
-        estimate = self._left_to_write(stores)
+        estimate = self._left_to_write(stores) if known != stores else 0
         if lacking := lacking_room(self.output, estimate):
             doubt(
                 f"output: what is left to write may take {size_text(estimate)} by estimate, {lacking}; where it is "

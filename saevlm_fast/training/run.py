@@ -166,10 +166,7 @@ def check_held_out(train_on: Activations, held_out: Activations) -> None:
     advice = "without validation the SAE is evaluated on those too, and says so"
     require(not same, f"validation: {train_on.path} is what is trained on; {advice}")
     if common := train_on.in_common_with(held_out):
-        doubt(
-            f"validation: {common} of {train_on.path}, which is trained on, in {held_out.path}, too: what is measured "
-            "on these is not of rows held out"
-        )
+        doubt(f"validation: {common}; what is measured on these is not of rows held out")
 
 
 def mono_embeddings_of(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:

@@ -161,8 +161,10 @@ def test_a_rank_that_comes_late_finds_the_store_of_which_rank_0_was_refused_the_
     def refuse(self, unit, store, writer, rows):
         if os.environ["RANK"] == "0":
             rows[0].values.fill_(torch.inf)
+        try:
+            write(self, unit, store, writer, rows)
+        finally:
             (tmp_path / "refused").touch()
-        write(self, unit, store, writer, rows)
 
     monkeypatch.setattr(HarvestStores, "check_prepared", late)
     monkeypatch.setattr(HarvestStores, "_write_shard", refuse)

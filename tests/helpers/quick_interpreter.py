@@ -14,17 +14,25 @@ import numpy as np
 
 
 def quicken_interpreter() -> None:
+    """Mends it, and makes it quicker, before anything imports Triton."""
+    assert "triton.language" not in sys.modules, "before anything is replaced in it"
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    _keep_booleans(interpreter)
+    _take_one_element(interpreter)
+    _read_bfloat16(interpreter)
+    _look_up_once(interpreter)
+
+
+def _look_up_once(interpreter: ModuleType) -> None:
     """It searches triton.language for what it has to replace, a third of its time, and builds its table of dtypes anew.
 
     What it replaces, and with what, stays its own. These are private functions: a Triton that has others is left as it
     is, and only slower.
     """
-    assert "triton.language" not in sys.modules, "before anything is replaced in it"
-    if importlib.util.find_spec("triton") is None:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
+    tl = interpreter.tl
     try:
         packages = tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base
         search, patch, of_numpy = interpreter._patch_builtin, interpreter._patch_attr, interpreter._get_np_dtype
@@ -54,9 +62,6 @@ def quicken_interpreter() -> None:
         return known[element]
 
     interpreter._patch_builtin, interpreter._get_np_dtype = look_up, np_dtype
-    _keep_booleans(interpreter)
-    _take_one_element(interpreter)
-    _read_bfloat16(interpreter)
 
 
 def _keep_booleans(interpreter: ModuleType) -> None:
