@@ -238,7 +238,7 @@ class Activations(StoredRows):
         """What is known to be in both, by digests of shards or by where rows are in memory; "" if nothing is. Rows of
         files that were cut or rounded otherwise are not known."""
         if self._shards and other._shards:
-            theirs = {shard.sha256 for shard in other._shards}
+            theirs = {shard.sha256 for shard in other._shards if shard.rows}
             n = sum(shard.sha256 in theirs for shard in self._shards)
             return f"{n:,} of the {len(self._shards):,} shards of {self.path} are in {other.path}, too" if n else ""
         if self._shards or other._shards:

@@ -212,8 +212,9 @@ class StoreWriter(ABC):
             return
         index = self.path / _INDEX
         with output_lock(index, directory=False, patience=_PATIENCE_SECONDS):
-            as_left = index.read_bytes() == self._written
-            require(as_left, f"{self.path}: another process or thread has written to it; resume the store to go on")
+            as_left = index.is_file() and index.read_bytes() == self._written
+            what = f"{self.path}: another process or thread has written to it, or taken it away"
+            require(as_left, f"{what}; resume the store to go on")
             yield
 
     def _save(self, index: StoreIndex) -> None:
@@ -306,6 +307,8 @@ class ActivationWriter(StoreWriter):
 
     def append(self, batch_BD: Tensor | np.ndarray, items: Items) -> None:
         """Adds rows [B, d_in] (any float dtype and device) and their items: columns image, token and, if any, label.
+
+        From one thread at a time.
 
         Raises:
             ValueError: rows or items that do not fit, a store that is complete, a writer of a part.

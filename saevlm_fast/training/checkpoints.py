@@ -319,7 +319,7 @@ class RunDirectory:
         return (
             f"the last good checkpoint is {last}"
             if last
-            else "no checkpoint had been written, so that force replaces it"
+            else "no checkpoint had been written; force (--force) replaces it"
         )
 
     def diverged(self, step: int) -> str:

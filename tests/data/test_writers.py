@@ -230,6 +230,16 @@ def test_a_writer_that_is_dropped_leaves_the_store_of_another_alone(tmp_path, mo
     assert open_activations(tmp_path / "d1" / "s").n_rows == open_activations(tmp_path / "d2" / "s").n_rows == 2
 
 
+def test_what_close_says_is_not_said_again(tmp_path):
+    """Of a store that another writer has closed meanwhile, or that is gone."""
+    for name, meanwhile in (("closed", lambda path: writer_with(2, path).close()), ("gone", lambda path: None)):
+        writer = writer_with(3, tmp_path / name)
+        (tmp_path / name / "index.json").unlink()
+        meanwhile(tmp_path / name)
+        with nothing_said(), pytest.raises(ValueError, match="has written to it, or taken it away"):
+            writer.close()
+
+
 @pytest.mark.parametrize("close", [True, False])
 def test_rows_that_cannot_be_written_are_told_of_once(tmp_path, close):
     def write(n_rows):
@@ -268,7 +278,9 @@ def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):
     writer.append(rows_of(4), items_of(0, 4))
     late, other = (ActivationWriter.resume(tmp_path / "s", 4) for _ in range(2))
     other.append(rows_of(4), items_of(4, 8))
-    with pytest.raises(ValueError, match="another process or thread has written to it; resume the store to go on"):
+    with pytest.raises(
+        ValueError, match="another process or thread has written to it, or taken it away; resume the store to go on"
+    ):
         late.append(rows_of(4), items_of(8, 12))
     other.close()
     for behind in (late, writer):

@@ -19,7 +19,7 @@ from saevlm_fast.errors import Doubt, Interrupted
 from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import evaluate
 from saevlm_fast.training.run import train
-from stores import write_store
+from stores import items_of, write_store
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)
 FEW = {"steps": 40, "batch_size": 128, "lr": 3e-3}
@@ -72,6 +72,10 @@ def test_rows_of_which_some_are_trained_on_are_told_of(x_ND, tmp_path):
     first, more = x_ND[:300], torch.cat([x_ND[:200], x_ND[700:900]])
     for name, rows in (("trained", first), ("held", more), ("other", x_ND[700:900])):
         write_store(tmp_path / name, rows, 100, batch=100)
+    for name, rows in (("hole", x_ND[:50]), ("too", x_ND[50:100])):  # the empty shards are alike
+        with ActivationWriter(tmp_path / name, x_ND.shape[1], torch.float32, {}) as writer:
+            writer.write_shard(0, rows, items_of(0, 50))
+            writer.write_shard(1, rows[:0], items_of(0, 0))
     shutil.copy(tmp_path / "trained" / "shard-00001.safetensors", tmp_path / "copy.safetensors")
     shard = tmp_path / "trained" / "shard-00002.safetensors"
     for trained, held_out, common in (
@@ -89,6 +93,7 @@ def test_rows_of_which_some_are_trained_on_are_told_of(x_ND, tmp_path):
         (x_ND[100:], x_ND[:100], None),
         (x_ND[::2], x_ND[1::2], None),
         (tmp_path / "trained", tmp_path / "other", None),
+        (tmp_path / "hole", tmp_path / "too", None),
         (x_ND, tmp_path / "trained", None),
     ):
         if common is None:
