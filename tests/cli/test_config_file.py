@@ -174,7 +174,7 @@ def test_of_every_text_it_is_known_whether_it_names_a_place(name):
 
 def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene"):
+    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene", "openai", "none.pt"):
         (tmp_path / folder).mkdir()
     for file in ("l.csv", "p.json", "w.safetensors", "font.ttf", "mean.npy", "a.tar"):
         (tmp_path / file).touch()
@@ -203,6 +203,10 @@ def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
     assert placed("model", "hf:net") == f"hf:{here}/net"
     assert placed("model", "hf:./tiny-clip") == f"hf:{here}/tiny-clip"
     assert placed("text_model", "open_clip:ViT-B-32/w.safetensors") == f"open_clip:ViT-B-32/{here}/w.safetensors"
+    for prefix in ("hf:", "open_clip:local-dir:", "timm:local-dir:"):
+        assert placed("clip", f"{prefix}openai") == f"{prefix}{here}/openai"
+    (tmp_path / "laion2b").touch()  # the name of weights, which come before a file
+    assert placed("clip", "open_clip:ViT-B-32/laion2b") == "open_clip:ViT-B-32/laion2b"
     assert placed("model", "timm:vit:w.safetensors") == f"timm:vit:{here}/w.safetensors"
     assert placed("assume", "input_mean=mean.npy") == f"input_mean={here}/mean.npy"
     assert placed("control_sae", Path("untrained")) == "untrained"
