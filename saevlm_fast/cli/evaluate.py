@@ -80,7 +80,7 @@ def _not_timed(options: EvaluateArguments, inputs: "Inputs") -> list[str]:
     measures = ", ".join(name for name in inputs.names() if name != "reconstruction")  # which encoding gives
     found = [f"{measures} of every SAE and control"]
     found += [f"the making of controls: {', '.join(options.controls)}"] if options.controls else []
-    return found + (["the first SAE compared with each other"] if options.compare else [])
+    return found + (["the first SAE compared with each of the others"] if options.compare else [])
 
 
 def _first_rows(n: int, batch_size: int) -> Any:
