@@ -27,10 +27,12 @@ _TABLES = ("latents", "pairs")
 
 
 def key_of(**made_of: Any) -> str:
-    """SHA-256 of everything that a part follows from."""
-    return hashlib.sha256(
-        json.dumps({"version": PARTS_VERSION, **made_of}, sort_keys=True, default=str).encode()
-    ).hexdigest()
+    """SHA-256 of everything that a part follows from.
+
+    The version is that of all parts: with one of its own, a command would make them anew and not know why.
+    """
+    followed = {**made_of, "version": PARTS_VERSION}
+    return hashlib.sha256(json.dumps(followed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_name(name: str) -> str:
