@@ -152,6 +152,32 @@ def test_what_settings_toml_says_of_defaults_is_read_as_these(name, tmp_path):
     assert read_config(tmp_path / "settings.toml", name, cls) == given
 
 
+def lists_of_texts():
+    for name, command in COMMANDS.items():
+        cls: Any = command.options
+        for field, known in ordered(cls):
+            kind = kinds_of(cls)[field]
+            if known.in_file and kind in (tuple[str, ...], tuple[Path, ...]) and field not in ("controls", "assume"):
+                yield pytest.param(name, cls, field, kind, id=f"{name} {field}")
+
+
+@pytest.mark.parametrize(("name", "cls", "field", "kind"), [*lists_of_texts()])
+def test_a_comma_in_a_text_of_a_list_is_read_back(name, cls, field, kind, tmp_path):
+    """No matter whether it is there. A text, as on the command line, is split at its commas, as before."""
+    key, is_path = key_of(field, settings_of(cls)[field]), kind == tuple[Path, ...]
+    said = ["/a, b/run", "/c,d"]
+    file = written(tmp_path / "settings.toml", **{name: {key: said}})
+    assert read_config(file, name, cls) == {field: tuple(map(Path, said)) if is_path else tuple(said)}
+    file = written(tmp_path / "settings.toml", **{name: {key: "/c,d"}})
+    assert read_config(file, name, cls) == {field: (Path("/c"), Path("d")) if is_path else ("/c", "d")}
+
+
+def test_a_comma_in_what_a_list_assumes_is_read_back(tmp_path):
+    said = ("input_mean=/a, b/mean.npy", "k=3")
+    file = written(tmp_path / "settings.toml", convert={"assume": said})
+    assert read_config(file, "convert", COMMANDS["convert"].options) == {"assume": said}
+
+
 # Texts that name nothing on this machine, whatever lies there.
 NO_PLACES = {
     *("point", "tokens", "buffer", "log_to", "architecture", "latents", "prompt", "template", "trust_pickle"),
