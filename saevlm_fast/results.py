@@ -250,7 +250,7 @@ def _misfit(metadata: dict[str, str], settings: Figures, made: Figures) -> str |
     directory = str(made.get("directory", ""))
     for name in _OF if "calls" not in made else ():  # of one that was resumed the place of each call is not known
         said, asked = metadata.get(name), settings.get(name)
-        places = asked if isinstance(asked, list) else [asked]
+        places: list[Any] = asked if isinstance(asked, list) else [asked]
         if said is None or not places or not all(isinstance(each, str) for each in places):
             continue
         if not _are_same(said.split(","), places, directory):
