@@ -274,16 +274,16 @@ def _taken(output: Path, file: Path, makes: bool, exclusive: bool, waiting: _Wai
 
 def _try(file: Path, exclusive: bool) -> int | None:
     """The locked file; None if it was removed meanwhile. BlockingIOError: who holds it."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    descriptor, is_new = _opened(file)
     try:
-        with _removed_if_unusable(file, descriptor):
+        with _removed_if_unusable(file, descriptor, is_new):
             _lock(descriptor, exclusive)
         if not _is_lock(descriptor):
             raise FileExistsError(errno.EEXIST, "it is in the way, and holds no lock of ours", str(file))
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 if exclusive:
-                    with _removed_if_unusable(file, descriptor):
+                    with _removed_if_unusable(file, descriptor, is_ours=True):
                         os.ftruncate(descriptor, 0)
                         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
@@ -298,19 +298,31 @@ def _try(file: Path, exclusive: bool) -> int | None:
     return None
 
 
+def _opened(file: Path) -> tuple[int, bool]:
+    """A lock's file, and whether this call has made it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    with suppress(FileExistsError):
+        return os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    return os.open(file, flags | os.O_CREAT, 0o666), False
+
+
 @contextmanager
-def _removed_if_unusable(file: Path, descriptor: int) -> Iterator[None]:
+def _removed_if_unusable(file: Path, descriptor: int, is_ours: bool) -> Iterator[None]:
     """A lock file that holds nothing goes where it cannot be locked (by anyone: a file system without locks), or where
-    who has locked it cannot write into it. OSError: why, with the file's name."""
+    who has locked it cannot write into it. OSError: why, with the file's name.
+
+    is_ours: this call has made it, or locked it. Another's stays: who has just made it is about to lock it.
+    """
     try:
         yield
     except BlockingIOError:
         raise
     except OSError as error:
         status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        if is_ours and stat.S_ISREG(status.st_mode) and status.st_size == 0:
             with suppress(OSError):
-                file.unlink(missing_ok=True)
+                if os.path.samestat(status, os.lstat(file)):
+                    file.unlink()
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 

@@ -250,13 +250,29 @@ def _misfit(metadata: dict[str, str], settings: Figures, made: Figures) -> str |
     directory = str(made.get("directory", ""))
     for name in _OF if "calls" not in made else ():  # of one that was resumed the place of each call is not known
         said, asked = metadata.get(name), settings.get(name)
-        asked = ",".join(map(str, asked)) if isinstance(asked, list) else asked
-        if said is None or not isinstance(asked, str):
+        places: list[Any] = asked if isinstance(asked, list) else [asked]
+        if said is None or not places or not all(isinstance(each, str) for each in places):
             continue
-        placed = ",".join(os.path.normpath(os.path.join(directory, each)) for each in said.split(","))
-        if asked not in (said, placed):
-            return f"{name} is {said} in it, and {asked} in {SETTINGS_FILE}"
+        if not _are_same(said.split(","), places, directory):
+            return f"{name} is {said} in it, and {', '.join(places)} in {SETTINGS_FILE}"
     return None
+
+
+def _are_same(pieces: list[str], places: list[str], directory: str) -> bool:
+    """Whether what stands between commas names the places, of which each may have commas itself."""
+    if not places:
+        return not pieces
+    for n in range(1, len(pieces) + 1):
+        named = ",".join(pieces[:n])
+        for each in (named, named.removeprefix(" ")):  # ms-score has a blank after the comma
+            is_it = each == places[0] or _normal(directory, each) == _normal(directory, places[0])
+            if is_it and _are_same(pieces[n:], places[1:], directory):
+                return True
+    return False
+
+
+def _normal(directory: str, name: str) -> str:
+    return os.path.normpath(os.path.join(directory, name))
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -457,5 +473,10 @@ RESULTS = (
     Result("cross-modal", "test of patch filters", ("image", "filter", "share", "log_prob"), _patch_test),
     Result("human-agreement", "scores against people", ("benchmark", "pairs", "scores"), _agreements),
     Result("train", "SAEs of one pass", ("rows", "of", "saes"), _grid),
-    Result("train", "SAEs of one pass, a row an SAE", ("name", "architecture", "d_sae", "l0"), _grid_table),
+    Result(
+        "train",
+        "SAEs of one pass, a row an SAE",
+        ("name", "architecture", "d_sae", "explained_variance", "l0", "l2"),
+        _grid_table,
+    ),
 )

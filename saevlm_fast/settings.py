@@ -10,14 +10,14 @@ Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class tak
 """
 
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from saevlm_fast.errors import check_kind, require, shown
 from saevlm_fast.urls import is_url, redacted_text, remote_path
@@ -287,6 +287,18 @@ def default_of(cls: type, name: str) -> Any:
 # Text to values, as a command line or a file gives them ---------------------------------------------------------------
 
 
+class Listed(str):
+    """Texts with commas between them, as on a command line, of which each is known, as a file's list has them."""
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, parts: Iterable[str]) -> Self:
+        parts = tuple(parts)
+        listed = super().__new__(cls, ",".join(parts))
+        listed.parts = parts
+        return listed
+
+
 def path_of(name: str, text: Any) -> Path:
     """A path, or a URL as one. ValueError: it is empty, which is not the working directory, or holds a NUL."""
     check_kind(name, text, (str, os.PathLike), "a path")
@@ -313,8 +325,8 @@ def number(name: str, text: str) -> float:
 
 
 def texts(name: str, text: str) -> tuple[str, ...]:
-    """Texts separated by commas."""
-    return tuple(part.strip() for part in text.split(","))
+    """Texts separated by commas; those of a list may have commas themselves."""
+    return text.parts if isinstance(text, Listed) else tuple(part.strip() for part in text.split(","))
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:
@@ -329,6 +341,8 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
 
 def paths(name: str, text: str) -> tuple[Path, ...]:
     """Paths separated by commas; a text that is a path as it stands is one, commas and all."""
+    if isinstance(text, Listed):
+        return tuple(path_of(name, part) for part in text.parts)
     return tuple(path_of(name, part) for part in ([text] if os.path.exists(text) else text.split(",")))
 
 

@@ -277,6 +277,28 @@ def test_of_a_lock_that_cannot_be_taken_nothing_is_left(tmp_path, monkeypatch, f
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
+@pytest.mark.parametrize("there", ["before", "meanwhile"])
+def test_where_locks_fail_the_file_of_another_stays(tmp_path, monkeypatch, there):
+    """Which has made it and is about to lock it: without the file a third one would lock another."""
+    lock = tmp_path / ".s.json.lock"
+    if there == "before":
+        lock.touch()
+
+    def failing(*arguments):
+        if there == "meanwhile":
+            lock.unlink()
+            lock.touch()
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", failing)
+    with (
+        pytest.raises(ValueError, match=r"cannot be written: .*\.lock\)$"),
+        output_lock(lock.parent / "s.json", directory=False),
+    ):
+        pytest.fail("it cannot be locked")
+    assert lock.exists()
+
+
 def no_space(path, data):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

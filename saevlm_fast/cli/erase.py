@@ -267,7 +267,6 @@ def _made_of(options: EraseArguments, opened: Opened, asked: Asked) -> dict[str,
     """What a finished layer follows from, beside the layer and its SAE."""
     every = {"what": asked.train} | {name: question.told for name, question in asked.questions.items()}
     return {
-        "version": 3,
         "tower": opened.tower.description(),
         "images": [opened.train[0].fingerprint(), opened.test[0].fingerprint(), opened.train[1], opened.test[1]],
         "told": {name: [told.y_N.tolist(), told.group_N.tolist(), told.groups] for name, told in every.items()},

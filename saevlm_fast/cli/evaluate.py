@@ -14,7 +14,7 @@ from saevlm_fast.cli.evaluate_print import print_evaluation
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
-from saevlm_fast.cli.record import SETTINGS_FILE
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bars, say, tell
 from saevlm_fast.errors import Interrupted
@@ -80,7 +80,7 @@ def _not_timed(options: EvaluateArguments, inputs: "Inputs") -> list[str]:
     measures = ", ".join(name for name in inputs.names() if name != "reconstruction")  # which encoding gives
     found = [f"{measures} of every SAE and control"]
     found += [f"the making of controls: {', '.join(options.controls)}"] if options.controls else []
-    return found + (["the first SAE compared with each other"] if options.compare else [])
+    return found + (["the first SAE compared with each of the others"] if options.compare else [])
 
 
 def _first_rows(n: int, batch_size: int) -> Any:
@@ -112,8 +112,9 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         if peers is not None and not leads(peers):
             _take_part(options, subjects, inputs, on_random, peers)
             return None
-        with working_directory(options) as place, _telling_how_to_go_on(options, inputs, place, peers):
-            evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
+        record = record_of(options, inputs)
+        with working_directory(options) as place, _telling_how_to_go_on(options, record, place, peers):
+            evaluation = _evaluate(options, subjects, inputs, on_random, place, peers, record)
     print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
     return {"output": str(options.output), **evaluation.as_json()}
@@ -121,10 +122,10 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
 
 @contextmanager
 def _telling_how_to_go_on(
-    options: EvaluateArguments, inputs: "Inputs", place: Path, peers: "Peers | None"
+    options: EvaluateArguments, record: Record, place: Path, peers: "Peers | None"
 ) -> Iterator[None]:
-    """Where parts are on the disk when it is interrupted: the settings are put beside them, and the command that goes
-    on with them is told."""
+    """Where parts are on the disk when it is interrupted: the settings are beside them, and the command that goes on
+    with them is told."""
     try:
         yield
     except Interrupted as error:
@@ -132,7 +133,7 @@ def _telling_how_to_go_on(
             raise
         if options.resume:  # settings that are there are those of the evaluation that it added to
             raise Interrupted(f"{error}; continue with the same command") from None
-        record_of(options, inputs).write()
+        record.write()  # it may have come between the first part and these
         program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
         settings = shlex.quote(str(place / SETTINGS_FILE))
         raise Interrupted(f"{error}; continue with: {program} evaluate --config {settings} --resume") from None
@@ -159,13 +160,19 @@ def _evaluate(
     on_random: "Inputs | None",
     place: Path,
     peers: "Peers | None",
+    record: Record,
 ) -> "Evaluation":
     from saevlm_fast.measures.measure import evaluate_subjects
     from saevlm_fast.measures.parts import Parts
 
+    def on_first() -> None:  # a kill leaves the settings beside it; those of what is resumed stay until it is whole
+        if not (options.resume and (place / SETTINGS_FILE).is_file()):
+            record.write()
+
+    parts = Parts(place, tell, on_first)
     with Bars("encode ", "rows") as bars:
         evaluation = evaluate_subjects(
-            subjects, inputs, options.controls, options.compare, Parts(place, tell), say, bars.update, on_random, peers
+            subjects, inputs, options.controls, options.compare, parts, say, bars.update, on_random, peers
         )
-    write_evaluation(options, inputs, evaluation, place)
+    write_evaluation(options, inputs, evaluation, place, record)
     return evaluation

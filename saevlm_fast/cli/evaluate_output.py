@@ -67,8 +67,10 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
         publish(output, _remove_old)
 
 
-def write_evaluation(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation", place: Path) -> None:
-    """Tables, picture, settings, and at last evaluation.json."""
+def write_evaluation(
+    options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation", place: Path, record: Record
+) -> None:
+    """Tables, picture, settings if they are not there yet, and at last evaluation.json."""
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.measures.figures import draw
 
@@ -76,7 +78,7 @@ def write_evaluation(options: EvaluateArguments, inputs: "Inputs", evaluation: "
     drawn = draw(evaluation, place / PICTURE)
     if not drawn:
         say(f"no {PICTURE}: matplotlib is not installed (saevlm-fast[notebook])")
-    record_of(options, inputs).write()
+    record.write()
     write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
 
 

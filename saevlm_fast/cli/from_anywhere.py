@@ -16,7 +16,8 @@ from saevlm_fast.urls import is_url, redacted_text
 _TABLES = (".csv", ".parquet", ".json")
 _NO_PLACE = re.compile(r"scenes:|hf-dataset:")  # before what images are made by, or called on the Hub
 _MADE_HERE = {"control_sae": Path("untrained")}  # Paths that are words, where no directory is called so
-_MODEL = re.compile(r"(hf:|open_clip:[^/]*/|timm:[^:]*:)(.+)", re.DOTALL)
+_MODEL_OF_DIRECTORY = re.compile(r"(hf:|(?:open_clip|timm):local-dir:)(.+)", re.DOTALL)
+_MODEL_OF_FILE = re.compile(r"(open_clip:(?!hf-hub:)[^/]*/|timm:(?:hf-hub:)?[^:]+:)(.+)", re.DOTALL)
 
 
 def placed(name: str, value: Any) -> Any:
@@ -48,11 +49,18 @@ def _images(text: str) -> str:
 
 
 def _model(text: str) -> str:
-    """PREFIX:DIR or PREFIX:NAME:FILE; a model of the box is none of a directory of its name."""
-    from saevlm_fast.box.models import MODELS
+    """PREFIX:DIR or PREFIX:NAME:FILE; a model of the box is none of a directory of its name.
 
-    found = _MODEL.fullmatch(text)
-    return text if found is None or found[2] in MODELS else found[1] + _path(found[2])
+    What follows NAME is a file of weights, or a word of open_clip or timm, whatever lies here that is called so.
+    """
+    from saevlm_fast.box.models import MODELS
+    from saevlm_fast.towers.hub import WEIGHT_FILES
+
+    if found := _MODEL_OF_DIRECTORY.fullmatch(text):
+        return text if found[2] in MODELS else found[1] + _path(found[2])
+    found = _MODEL_OF_FILE.fullmatch(text)
+    is_file = found is not None and found[2].endswith(WEIGHT_FILES) and os.path.isfile(found[2])
+    return found[1] + _absolute(found[2]) if found is not None and is_file else text
 
 
 def _assumption(text: str) -> str:

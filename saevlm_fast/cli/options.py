@@ -33,6 +33,7 @@ from saevlm_fast.errors import OtherSettings, did_you_mean, require
 from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.settings import (
     NUMBERS,
+    Listed,
     Setting,
     Settings,
     Several,
@@ -278,6 +279,7 @@ def _figure(name: str, value: Any) -> str:
 
 
 _NUMBERS: dict[Any, Callable[[str, str], Any]] = {int: integer, float: number}
+_LISTS_OF_TEXTS = (tuple[str, ...], tuple[Path, ...])  # which may have commas
 
 # The command line -----------------------------------------------------------------------------------------------------
 
@@ -472,7 +474,8 @@ def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
         return several_of(where, value, lambda part: _from_file(where, kind, known, part))
     if known.parse is not None:
         if isinstance(value, list):
-            value = ",".join(str(each) for each in value)
+            said = [str(each) for each in value]
+            return known.parse(where, Listed(said) if kind in _LISTS_OF_TEXTS else ",".join(said))
         require(isinstance(value, str | int | float) and not isinstance(value, bool), f"{where} = {value!r} is no text")
         return known.parse(where, str(value))
     what, accepted = NUMBERS.get(kind, ("a text", str))

@@ -4,9 +4,9 @@
 [made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
                 followed from the settings and the data
 
-Of work that went on with --resume, command line and working directory are those of the call that gave these settings,
-so that it makes the same from the start. `began` is when that was, and `calls` are all calls, the first one first; the
-rest is of the last.
+Of work that went on with --resume, command line and working directory are those of the call that makes the same from
+the start. `began` is when that was, and `calls` are all that differ, the first one first; the rest is of the last, also
+settings that make no other result, as the device.
 """
 
 import os

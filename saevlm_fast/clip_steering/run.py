@@ -33,7 +33,6 @@ from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import Figures, Measured, share
 
 _BLOCK = 64  # units that are kept together
-_VERSION = 2  # of what a block has
 _COLUMNS = (
     "s",
     "chance",
@@ -120,7 +119,7 @@ class Asking:
         for start in range(0, len(alive_J), _BLOCK):
             block_J = alive_J[start : start + _BLOCK]
             targets = target_S[block_J].tolist()
-            key = key_of(of=units.made_of, units=block_J.tolist(), targets=targets, version=_VERSION, **self.made_of)
+            key = key_of(of=units.made_of, units=block_J.tolist(), targets=targets, **self.made_of)
             name = f"block_{start:06d}"
             done = parts.read(subject, name, key)
             if done is None:

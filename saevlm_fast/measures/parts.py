@@ -27,10 +27,12 @@ _TABLES = ("latents", "pairs")
 
 
 def key_of(**made_of: Any) -> str:
-    """SHA-256 of everything that a part follows from."""
-    return hashlib.sha256(
-        json.dumps({"version": PARTS_VERSION, **made_of}, sort_keys=True, default=str).encode()
-    ).hexdigest()
+    """SHA-256 of everything that a part follows from.
+
+    The version is that of all parts: with one of its own, a command would make them anew and not know why.
+    """
+    followed = {**made_of, "version": PARTS_VERSION}
+    return hashlib.sha256(json.dumps(followed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_name(name: str) -> str:
@@ -54,10 +56,17 @@ class Parts:
     """Finished measures below a directory; in memory without one.
 
     tell: is told, once, that there are some of another version of this program, which are made anew.
+    on_first: is called once, when the first one has been written.
     """
 
-    def __init__(self, directory: Path | None, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.directory, self._tell, self._told = directory, tell, False
+    def __init__(
+        self,
+        directory: Path | None,
+        tell: Callable[[str], None] = lambda text: None,
+        on_first: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self._tell, self._on_first = directory, tell, on_first
+        self._told = self._has_written = False
 
     def read(self, subject: str, measure: str, key: str) -> Measured | None:
         """The part that was made of the same, None if there is none, or it is damaged: it is then made anew."""
@@ -91,6 +100,9 @@ class Parts:
         kept = "measures that were finished before it are kept, and --resume goes on with them"
         with while_writing(f"{measure} of {subject}", kept):
             self._write(stem, measured, {"version": PARTS_VERSION, "key": key, "figures": plain(measured.figures)})
+        if not self._has_written:
+            self._has_written = True
+            self._on_first()
 
     def _write(self, stem: Path, measured: Measured, document: dict[str, Any]) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -152,6 +152,32 @@ def test_what_settings_toml_says_of_defaults_is_read_as_these(name, tmp_path):
     assert read_config(tmp_path / "settings.toml", name, cls) == given
 
 
+def lists_of_texts():
+    for name, command in COMMANDS.items():
+        cls: Any = command.options
+        for field, known in ordered(cls):
+            kind = kinds_of(cls)[field]
+            if known.in_file and kind in (tuple[str, ...], tuple[Path, ...]) and field not in ("controls", "assume"):
+                yield pytest.param(name, cls, field, kind, id=f"{name} {field}")
+
+
+@pytest.mark.parametrize(("name", "cls", "field", "kind"), [*lists_of_texts()])
+def test_a_comma_in_a_text_of_a_list_is_read_back(name, cls, field, kind, tmp_path):
+    """No matter whether it is there. A text, as on the command line, is split at its commas, as before."""
+    key, is_path = key_of(field, settings_of(cls)[field]), kind == tuple[Path, ...]
+    said = ["/a, b/run", "/c,d"]
+    file = written(tmp_path / "settings.toml", **{name: {key: said}})
+    assert read_config(file, name, cls) == {field: tuple(map(Path, said)) if is_path else tuple(said)}
+    file = written(tmp_path / "settings.toml", **{name: {key: "/c,d"}})
+    assert read_config(file, name, cls) == {field: (Path("/c"), Path("d")) if is_path else ("/c", "d")}
+
+
+def test_a_comma_in_what_a_list_assumes_is_read_back(tmp_path):
+    said = ("input_mean=/a, b/mean.npy", "k=3")
+    file = written(tmp_path / "settings.toml", convert={"assume": said})
+    assert read_config(file, "convert", COMMANDS["convert"].options) == {"assume": said}
+
+
 # Texts that name nothing on this machine, whatever lies there.
 NO_PLACES = {
     *("point", "tokens", "buffer", "log_to", "architecture", "latents", "prompt", "template", "trust_pickle"),
@@ -174,7 +200,7 @@ def test_of_every_text_it_is_known_whether_it_names_a_place(name):
 
 def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene"):
+    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene", "openai", "none.pt"):
         (tmp_path / folder).mkdir()
     for file in ("l.csv", "p.json", "w.safetensors", "font.ttf", "mean.npy", "a.tar"):
         (tmp_path / file).touch()
@@ -203,6 +229,10 @@ def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
     assert placed("model", "hf:net") == f"hf:{here}/net"
     assert placed("model", "hf:./tiny-clip") == f"hf:{here}/tiny-clip"
     assert placed("text_model", "open_clip:ViT-B-32/w.safetensors") == f"open_clip:ViT-B-32/{here}/w.safetensors"
+    for prefix in ("hf:", "open_clip:local-dir:", "timm:local-dir:"):
+        assert placed("clip", f"{prefix}openai") == f"{prefix}{here}/openai"
+    (tmp_path / "laion2b").touch()  # the name of weights, which come before a file
+    assert placed("clip", "open_clip:ViT-B-32/laion2b") == "open_clip:ViT-B-32/laion2b"
     assert placed("model", "timm:vit:w.safetensors") == f"timm:vit:{here}/w.safetensors"
     assert placed("assume", "input_mean=mean.npy") == f"input_mean={here}/mean.npy"
     assert placed("control_sae", Path("untrained")) == "untrained"

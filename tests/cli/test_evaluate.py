@@ -332,6 +332,33 @@ def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tm
     assert "replacement" not in inspect(output)
 
 
+def test_a_killed_evaluation_has_its_settings_from_the_first_finished_part_on(there, tmp_path, monkeypatch):
+    output, original = tmp_path / "out", measure.Inputs.work
+
+    class Killed(BaseException):
+        """Which nothing catches, as nothing hears a kill -9."""
+
+    def killed(self, name, *more):
+        if list(output.rglob("parts/*/*.json")):
+            raise Killed
+        return original(self, name, *more)
+
+    monkeypatch.setattr(measure.Inputs, "work", killed)
+    with pytest.raises(Killed):
+        run(*words(there, output))
+    assert not (output / "evaluation.json").exists()
+    found = inspect(output)
+    assert len(found["finished"]["sae0"]) >= 1
+    assert found["made"]["command_line"].startswith("saevlm-fast evaluate")
+    assert f"--config {output / 'settings.toml'}" in found["way_on"]
+    before = tomllib.loads((output / "settings.toml").read_text())
+    monkeypatch.undo()
+    run(*found["way_on"].split()[1:])
+    made = tomllib.loads((output / "settings.toml").read_text())["made"]
+    assert (made["command_line"], made["began"]) == (before["made"]["command_line"], before["made"]["at"])
+    assert inspect(output)["figures"]["saes"] == ["sae0"]
+
+
 def test_a_folder_of_others_with_parts_is_no_evaluation(tmp_path):
     (tmp_path / "parts" / "engine").mkdir(parents=True)
     (tmp_path / "parts" / "engine" / "piston.json").write_text('{"version": 1, "key": "a"}')

@@ -257,6 +257,36 @@ def test_settings_that_do_not_fit_a_table_are_not_told_as_its_own(world, printed
     assert "given: sae run" in text, "as the table says"
 
 
+@pytest.mark.parametrize("sae", ["../run", "../a, b/run"])
+def test_settings_are_a_results_own_wherever_what_it_was_made_of_lies(sae, world, tmp_path, monkeypatch):
+    """With `..`, and commas in a name, also in one of a list."""
+    for name, source in (("run", "run"), ("a, b/run", "run"), ("a, b/e", "embeddings"), ("e", "embeddings")):
+        shutil.copytree(world / source, tmp_path / name, dirs_exist_ok=True)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    call = [each for each in words("ms-score", output="s.parquet", sae=sae, activations=str(world / "store"))]
+    for embeddings in ("../e", "../a, b/e"):
+        call[call.index("--embeddings") + 1] = embeddings
+        run(*call, "--force")
+        found = inspect(Path("s.parquet"))
+        assert ("misfit" in found, found["settings"]["sae"]) == (False, f"{tmp_path}/sub/{sae}")
+
+
+def test_the_names_of_a_table_are_compared_with_a_list_one_by_one():
+    settings = {"embeddings": ["/w/sub/../a, b", "/w/c", "hf:me/d"]}
+    made = {"directory": "/w/sub"}
+    for said in ("../a, b, ../c, hf:me/d", "/w/a, b,/w/c,hf:me/d"):
+        assert results._misfit({"embeddings": said}, settings, made) is None
+    for said in ("../a, b, ../c", "../a, ../c, hf:me/d", "../a, b, ../c, hf:me/d, e", "../a, b, hf:me/d, ../c", ""):
+        found = results._misfit({"embeddings": said}, settings, made)
+        assert found == f"embeddings is {said} in it, and /w/sub/../a, b, /w/c, hf:me/d in settings.toml"
+
+
+def test_tables_of_others_that_say_what_saes_they_are_of_are_theirs(tmp_path):
+    (tmp_path / "mine.csv").write_text("name,architecture,d_sae,l0\na,topk,16,2\n")
+    assert "neither store, SAE, run, matrix nor result" in run("inspect", tmp_path / "mine.csv", code=2)
+
+
 @pytest.mark.parametrize("command", ["ms-score", "name", "erase", "human-agreement", "steerability"])
 def test_where_the_settings_find_no_room_the_result_is_said_to_be_whole(command, world, printed, tmp_path, monkeypatch):
     """With --force it has replaced another, and is not as it was."""

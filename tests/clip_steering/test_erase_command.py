@@ -19,6 +19,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import halves
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
+from saevlm_fast.measures import parts
 from saevlm_fast.sae import SparseAutoencoder
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -212,6 +213,13 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(erasing, "erase_words", stops)
     both = call(world, output, "--limit", 10, sae="one,two", layer="2,3")
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "PARTS_VERSION", parts.PARTS_VERSION - 1)
+        run(*both, code=130)
+    done.clear()
+    assert "is of another version of this program" in " ".join(run(*both, code=130).split())
+    done.clear()
+    done.append(1)  # the first is finished
     assert "interrupted; the same command goes on with the first SAE" in run(*both, code=130)
     assert not output.exists()
     monkeypatch.setattr(erasing, "erase_words", lambda *given, **more: done.append(1) or work(*given, **more))
