@@ -264,7 +264,7 @@ def _are_same(pieces: list[str], places: list[str], directory: str) -> bool:
         return not pieces
     for n in range(1, len(pieces) + 1):
         named = ",".join(pieces[:n])
-        for each in (named, named.removeprefix(" ")):  # ms-score has a blank after the comma
+        for each in {named, named.removeprefix(" ")}:  # ms-score has a blank after the comma
             is_it = each == places[0] or _normal(directory, each) == _normal(directory, places[0])
             if is_it and _are_same(pieces[n:], places[1:], directory):
                 return True

@@ -326,7 +326,7 @@ def number(name: str, text: str) -> float:
 
 def texts(name: str, text: str) -> tuple[str, ...]:
     """Texts separated by commas; those of a list may have commas themselves."""
-    return text.parts if isinstance(text, Listed) else tuple(part.strip() for part in text.split(","))
+    return tuple(part.strip() for part in (text.parts if isinstance(text, Listed) else text.split(",")))
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:

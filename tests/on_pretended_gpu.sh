@@ -30,14 +30,15 @@ trap 'rm -rf "$scratch"' EXIT
 gcc -Wall -Werror=implicit-function-declaration -shared -fPIC -O1 -Wl,-soname,libcuda.so.1 $headers tests/pretended_gpu/cudart.c -o "$scratch/libcuda.so.1"
 export LD_PRELOAD=$scratch/libcuda.so.1 PYTHONPATH=$PWD/tests/pretended_gpu/site:$PWD/tests:$PWD/tests/helpers:$PWD
 pytest=("$python" -m pytest -q -p no:cacheprovider -p pretended_gpu.plugin)
+benches=()
 if [ $# -eq 0 ]; then
     set -- tests/pretended_gpu tests/cli/test_on_a_gpu.py tests/training/test_short_runs_on_a_gpu.py tests/data \
         tests/harvesting tests/steering tests/towers tests/test_sparse_codes.py
-    # Steerability's attacks take seven minutes here, and are a command's above.
+    # Steerability's attacks take seven minutes there, and are a command's among the tests.
     benches=(bench --benchmark-only --benchmark-disable-gc --benchmark-columns=min -k "smoke and not steerability")
-    "${pytest[@]}" "${benches[@]}"
 fi
 # What asks for a compiler's GPU, or for the bits of its arithmetic.
 "${pytest[@]}" -m gpu "$@" \
     --deselect tests/towers/test_forwards.py::test_a_gpu_tower_in_bfloat16_gives_the_same_bits_with_the_kernel \
     --deselect "tests/towers/test_hooks.py::test_on_a_gpu[True]"
+if [ ${#benches[@]} -gt 0 ]; then "${pytest[@]}" "${benches[@]}"; fi

@@ -92,7 +92,7 @@ class StoreWriter(ABC):
     end rank 0 calls `merge_parts(path, complete=True)`.
 
     A new store without rows goes when its writer gives up, in `with` or by `close`; not under torchrun, where other
-    ranks may be about to resume it. One that is left all the same is in nobody's way: the next writer begins it anew.
+    ranks may be about to resume it. One whose writer was dropped stays, as if it were about to get its first shard.
     """
 
     FORMAT: ClassVar[str]
@@ -106,7 +106,7 @@ class StoreWriter(ABC):
         *,
         force: bool = False,
     ):
-        """Starts an empty store. A directory that holds more than one is refused; `force` deletes the store in it."""
+        """Starts an empty store. A directory that is not empty is refused; `force` deletes the store in it."""
         path = path_of("path", path)
         width = whole_number(WIDTH_NAMES[self.FORMAT], width)
         check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
@@ -409,19 +409,11 @@ def _claim_directory(path: Path, force: bool) -> None:
     require(path.is_dir() or not path.exists(), f"{path}: exists and is not a directory", ActivationError)
     path.mkdir(parents=True, exist_ok=True)
     require(
-        force or not any(path.iterdir()) or _is_empty_store(path),
+        force or not any(path.iterdir()),
         f"{path}: the directory is not empty; resume the store in it, or use force to replace it",
         ActivationError,
     )
     clear_store(path)
-
-
-def _is_empty_store(path: Path) -> bool:
-    """Nothing but the index of a store that was begun: its writer was dropped before it had rows."""
-    if [each.name for each in path.iterdir()] != [_INDEX]:
-        return False
-    index = read_index(path)
-    return not index.shards and not index.complete
 
 
 def _as_written(path: Path) -> tuple[StoreIndex, bytes]:

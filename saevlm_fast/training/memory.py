@@ -73,11 +73,11 @@ def sae_numbers(sae: "SAEConfig") -> int:
 
 
 def training_disk(*saes: "SAEConfig", n_checkpoints: int = KEPT_CHECKPOINTS + 1) -> int:
-    """What runs of SAEs that are trained together hold at once at most, that write so many checkpoints: two each, and
-    one that is being written, by all at once where that is done beside the steps; or the finished SAEs beside them. A
-    checkpoint is an SAE, training weights and two moments."""
-    size = sum(4 * sae_numbers(sae) for sae in saes)
-    return 4 * size * n_checkpoints if n_checkpoints > KEPT_CHECKPOINTS else 4 * size * n_checkpoints + size
+    """What runs of SAEs that are trained together hold at once, that write so many checkpoints: two each, and one that
+    is being written, or the finished SAEs. A checkpoint is an SAE, training weights and two moments."""
+    sizes = [4 * sae_numbers(sae) for sae in saes]
+    kept = 4 * sum(sizes) * min(n_checkpoints, KEPT_CHECKPOINTS)
+    return kept + max(sum(sizes), 4 * max(sizes) if n_checkpoints > KEPT_CHECKPOINTS else 0)
 
 
 def check_disk(output: Path, saes: "Iterable[SAEConfig]", n_steps: int, checkpoint_every: int | None) -> None:

@@ -36,7 +36,8 @@ def test_a_command_on_a_gpu_does_what_it_does_on_a_cpu(name, world, tmp_path, mo
         if output is not None:
             path = tmp_path / device / output
             assert path.exists()
-            figures[device] = list(numbers_of(results.describe(path)["figures"])) if results.known(path) else []
+            found = results.find(path)
+            figures[device] = list(numbers_of(results.describe(found)["figures"])) if found else []
     if figures:
         assert figures["cuda"] == pytest.approx(figures["cpu"], rel=1e-2, abs=1e-3, nan_ok=True)
 

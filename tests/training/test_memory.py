@@ -214,9 +214,7 @@ def test_room_is_asked_for_all_checkpoints_that_are_there_at_once(x_ND, monkeypa
         monkeypatch.setattr(RunDirectory, name, measured)
     run(**known)
     needed = memory.training_disk(*saes.values(), n_checkpoints=min(n, 3))
-    assert max(most) <= needed + len(saes) * 8000, "headers, thresholds and counters apart"
-    if n <= 2 or not many:  # else a GPU's runs write at the same time, these one after the other
-        assert needed <= max(most)
+    assert needed <= max(most) <= needed + len(saes) * 8000, "headers, thresholds and counters apart"
     shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
     kept = "a checkpoint" if n == 1 else f"{min(n, 3)} checkpoints"
