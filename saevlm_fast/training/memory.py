@@ -74,8 +74,8 @@ def sae_numbers(sae: "SAEConfig") -> int:
 
 def training_disk(*saes: "SAEConfig", n_checkpoints: int = KEPT_CHECKPOINTS + 1) -> int:
     """What runs of SAEs that are trained together hold at once, that write so many checkpoints: two each, and one that
-    is being written, or the finished SAEs. A checkpoint is an SAE, training weights and two moments. On a GPU runs write
-    theirs beside the steps: several may be being written, which is not counted."""
+    is being written, or the finished SAEs. A checkpoint is an SAE, training weights and two moments. On a GPU runs
+    write theirs beside the steps: several may be being written, which is not counted."""
     sizes = [4 * sae_numbers(sae) for sae in saes]
     kept = 4 * sum(sizes) * min(n_checkpoints, KEPT_CHECKPOINTS)
     return kept + max(sum(sizes), 4 * max(sizes) if n_checkpoints > KEPT_CHECKPOINTS else 0)
