@@ -10,7 +10,7 @@ Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class tak
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
@@ -49,6 +49,7 @@ class Setting:
         repeats: of a list whose items are of those of another, or have places: one may come again.
         instead_of: names of what it excludes; given on the command line, it replaces them in a file.
         remote: a path that may be a URL (urls.py).
+        place: what a text may name on this machine, and how (cli/from_anywhere.py).
     """
 
     help: str
@@ -71,6 +72,7 @@ class Setting:
     repeats: bool = False
     instead_of: tuple[str, ...] = ()
     remote: bool = False
+    place: Literal["path", "table", "images", "model", "assumption"] | None = None
 
     def allows(self, value: float) -> bool:
         """Whether a number is within the limits; NaN is within none."""
@@ -324,6 +326,16 @@ def number(name: str, text: str) -> float:
         raise ValueError(f"{name}: {text!r:.60} is not a number") from None
 
 
+READERS: dict[Any, Callable[[str, str], Any]] = {int: integer, float: number}  # kind -> (name, text) -> value
+
+
+def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
+    """The values of a list, each once. ValueError: one that is twice in it."""
+    values = Several(read(part) for part in parts)
+    check_once(key, values)
+    return values
+
+
 def texts(name: str, text: str) -> tuple[str, ...]:
     """Texts separated by commas; those of a list may have commas themselves."""
     return tuple(part.strip() for part in (text.parts if isinstance(text, Listed) else text.split(",")))
@@ -341,9 +353,8 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
 
 def paths(name: str, text: str) -> tuple[Path, ...]:
     """Paths separated by commas; a text that is a path as it stands is one, commas and all."""
-    if isinstance(text, Listed):
-        return tuple(path_of(name, part) for part in text.parts)
-    return tuple(path_of(name, part) for part in ([text] if os.path.exists(text) else text.split(",")))
+    parts = text.parts if isinstance(text, Listed) else [text] if os.path.exists(text) else text.split(",")
+    return tuple(path_of(name, part) for part in parts)
 
 
 def number_or_auto(name: str, text: str) -> float | None:

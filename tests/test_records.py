@@ -11,7 +11,8 @@ from campaign import build
 from command import run as command
 from damage import edit_record, mutations, refusal
 from saevlm_fast.cli.inspect_table import summary_rows
-from saevlm_fast.cli.options import COMMANDS, called, named_by_option
+from saevlm_fast.cli.names import COMMANDS, called
+from saevlm_fast.cli.options import named_by_option
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations

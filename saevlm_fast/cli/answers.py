@@ -24,7 +24,7 @@ class AnswerArguments(WorkOptions):
 
     title = "Model and SAE"
 
-    model: str = setting(help="LLaVA: hf:NAME_OR_DIR.")
+    model: str = setting(help="LLaVA: hf:NAME_OR_DIR.", place="model")
     sae: Path = setting(help=SAE_HELP)
     layer: int = setting(help="Block, from 0, whose output the SAE is of.", paper="22")
     tokens: Literal["all", "patches", "cls", "text", "image", "last"] = setting(

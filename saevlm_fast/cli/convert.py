@@ -43,7 +43,10 @@ class ConvertArguments(WorkOptions):
     )
     lossy: bool = setting(False, help="Write it even where that format loses something; what, is said.")
     assume: tuple[str, ...] = setting(
-        (), help="What the files do not say, KEY=VALUE; several: k=32,input_std=2.5 (docs/formats.md).", parse=_pairs
+        (),
+        help="What the files do not say, KEY=VALUE; several: k=32,input_std=2.5 (docs/formats.md).",
+        parse=_pairs,
+        place="assumption",
     )
     trust_pickle: tuple[str, ...] = setting(
         (),

@@ -35,11 +35,18 @@ class CrossModalArguments(PatchTestSettings, CrossModalSettings, WorkOptions):
     activations: Path = setting(help="Store of harvest --point language --tokens all.")
     sae: Path = setting(help=SAE_HELP)
     output: Path = setting(help="Directory for tables of latents, pairs and image tokens, and the ids that are kept.")
-    clip: str | None = setting(None, help="CLIP whose image-text cosine is a control: hf:NAME_OR_DIR, open_clip:...")
-    images: str | None = setting(
-        None, help="For --clip and --patch-pairs: the image-text pairs.", shown="where the store says"
+    clip: str | None = setting(
+        None, help="CLIP whose image-text cosine is a control: hf:NAME_OR_DIR, open_clip:...", place="model"
     )
-    model: str | None = setting(None, help="For --patch-pairs: the store's model.", shown="as the store says")
+    images: str | None = setting(
+        None,
+        help="For --clip and --patch-pairs: the image-text pairs.",
+        shown="where the store says",
+        place="images",
+    )
+    model: str | None = setting(
+        None, help="For --patch-pairs: the store's model.", shown="as the store says", place="model"
+    )
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
     device: str = setting("auto", help=DEVICE_HELP)
     force: bool = setting(False, help="Replace --output once the new results are whole.", recorded=False)

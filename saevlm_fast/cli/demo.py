@@ -20,7 +20,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths
 from saevlm_fast.cli.terminal import Bar, HarvestBar, TrainBar, out, print_table, say, tell
 from saevlm_fast.config import DemoOptions, SAEConfig, TrainConfig
-from saevlm_fast.training.memory import training_disk
+from saevlm_fast.training.memory import Written, training_disk
 
 if TYPE_CHECKING:
     from saevlm_fast.demo.scores import Measured
@@ -82,7 +82,7 @@ def plan(options: DemoArguments) -> Plan:
         **memory_figures(
             device, most_memory_of(sae, config, N_SCENES["train"], device), without="the program and the models"
         ),
-        **disk_figures(options.output, 3 * training_disk(sae)),
+        **disk_figures(options.output, 3 * training_disk(sae, written=Written.IN_TURN)),
         **{f"training_{name}": value for name, value in timed.items()},
         "time_of_harvest_scores_and_steering": "not estimated",
     }

@@ -24,22 +24,34 @@ class EraseArguments(WorkOptions):
     """Options of `saevlm-fast erase`."""
 
     title = "Model and SAEs"
-    model: str = setting(help="Tower with a text side, as of harvest.")
+    model: str = setting(help="Tower with a text side, as of harvest.", place="model")
     sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
     layer: tuple[int, ...] = setting(
         help="Block of the tower of each SAE, separated by commas.", parse=integers, repeats=True
     )
-    images: str = setting(help="Images, as of harvest. Half of them choose latents.")
-    test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
-    labels: str = setting(
-        "images", help="What is told: images (their labels), FILE.csv:COLUMN, or scene:FACTOR of scenes."
+    images: str = setting(help="Images, as of harvest. Half of them choose latents.", place="images")
+    test_images: str | None = setting(
+        None, help="Images that are asked about.", shown="the other half of --images", place="images"
     )
-    what: str = setting(WORDS, help="What is erased: words (drawn on the images), or a label, as --labels has it.")
+    labels: str = setting(
+        "images",
+        help="What is told: images (their labels), FILE.csv:COLUMN, or scene:FACTOR of scenes.",
+        place="table",
+    )
+    what: str = setting(
+        WORDS, help="What is erased: words (drawn on the images), or a label, as --labels has it.", place="table"
+    )
     class_prompts: str = setting(
-        "a photo of a {}", help="Text of a class, with {} for the label. Scenes have texts of their own."
+        "a photo of a {}",
+        help="Text of a class, with {} for the label. Scenes have texts of their own.",
+        place="table",
     )
     also: tuple[str, ...] = setting(
-        (), help="Labels that are told besides, of the clean images, separated by commas.", parse=texts, shown="none"
+        (),
+        help="Labels that are told besides, of the clean images, separated by commas.",
+        parse=texts,
+        shown="none",
+        place="table",
     )
     class_words: Path | None = setting(
         None,
@@ -49,14 +61,24 @@ class EraseArguments(WorkOptions):
     select: Literal["difference", "auroc"] = setting(
         "difference", help="What latents are chosen by: the difference of means, or AUROC."
     )
-    groups: str | None = setting(None, help="Label by which the worst group is found beside the class.", shown="none")
+    groups: str | None = setting(
+        None, help="Label by which the worst group is found beside the class.", shown="none", place="table"
+    )
     k: tuple[int, ...] = setting((1, 5, 20), help="Latents that are taken out, separated by commas.", parse=_ks)
     limit: int = setting(500, help="Images for choosing, and images asked about, drawn at most.", at_least=10)
     fonts: tuple[str, ...] = setting(
-        (), help="Font files of the words for choosing.", parse=texts, shown="Pillow's bitmap font"
+        (),
+        help="Font files of the words for choosing.",
+        parse=texts,
+        shown="Pillow's bitmap font",
+        place="path",
     )
     test_fonts: tuple[str, ...] = setting(
-        (), help="Font files of the words asked about.", parse=texts, shown="Pillow's outline font"
+        (),
+        help="Font files of the words asked about.",
+        parse=texts,
+        shown="Pillow's outline font",
+        place="path",
     )
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens from which latents are taken.")
     seed: int = setting(0, help="Of the images drawn, the words, their places, and the random latents.", at_least=0)

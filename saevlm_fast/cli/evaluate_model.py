@@ -31,12 +31,18 @@ class SplicedArguments(Settings):
 
     title = "The model with the SAE in it"
     model: str | None = setting(
-        None, help="Tower that the SAEs are spliced into, as of harvest: what is left of its behaviour. Needs --images."
+        None,
+        help="Tower that the SAEs are spliced into, as of harvest: what is left of its behaviour. Needs --images.",
+        place="model",
     )
-    images: str | None = setting(None, help="Images that it is shown, as of harvest.")
-    class_prompts: str = setting(TEMPLATE, help="Text of a class, with {} for the label, or FILE.json of label: text.")
+    images: str | None = setting(None, help="Images that it is shown, as of harvest.", place="images")
+    class_prompts: str = setting(
+        TEMPLATE, help="Text of a class, with {} for the label, or FILE.json of label: text.", place="table"
+    )
     captions: str = setting(
-        "none", help="Texts of the images, to be found again: none, images (their labels), FILE.csv (image, text)."
+        "none",
+        help="Texts of the images, to be found again: none, images (their labels), FILE.csv (image, text).",
+        place="table",
     )
     image_limit: int = setting(5000, help="Images shown at most, evenly spaced.", at_least=2)
     image_batch_size: int = setting(32, help="Images of a forward.", at_least=2)

@@ -36,15 +36,20 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
         help="SAE directories, separated by commas, or the option given again; those that differ by their seed alone "
         "make a group.",
         parse=texts,
+        place="path",
     )
     activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", remote=True)
     output: Path = setting(help="Directory for evaluation.json, a table of latents for every SAE, and finished parts.")
     embeddings: tuple[str, ...] = setting(
-        (), help="Image embeddings for the Monosemanticity Score, row i of image i; several, as --sae.", parse=texts
+        (),
+        help="Image embeddings for the Monosemanticity Score, row i of image i; several, as --sae.",
+        parse=texts,
+        place="path",
     )
     labels: str = setting(
         FROM_STORE,
         help="Labels of images: FILE.csv or FILE.parquet (image, then a column a label set), store (its own), none.",
+        place="table",
     )
     taxonomy: Path | None = setting(None, help="Path of every label from the root: FILE.json or FILE.csv.")
     controls: tuple[str, ...] = setting(

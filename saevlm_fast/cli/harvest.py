@@ -49,7 +49,7 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
         "points": ("point", "layer"),
     }
 
-    model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")
+    model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].", place="model")
     images: str = same_as(HarvestOptions, "images", MISSING)
     layer: tuple[int, ...] = setting((), help="Block, from 0; several: 5,8,11. One pass.", parse=integers)
     point: tuple[str, ...] = setting(

@@ -32,9 +32,13 @@ class HumanAgreementArguments(WorkOptions):
         help="Of the validation images in the archive's order, DINOv2-B or CLIP-B/32: their scores are judged too. "
         "Several: separated by commas, or the option given again.",
         parse=texts,
+        place="path",
     )
     scores: tuple[str, ...] = setting(
-        (), help="CSV files of columns k and score; several, as --embeddings.", parse=texts
+        (),
+        help="CSV files of columns k and score; several, as --embeddings.",
+        parse=texts,
+        place="path",
     )
     grid_embeddings: Path | None = setting(
         None, help="Of the training images, for the mean cosine of what people saw.", remote=True

@@ -26,7 +26,7 @@ class NameArguments(LookArguments):
     embeddings: Path = setting(
         help="Image embeddings of the text model's CLIP, row i of image i: store or file.", remote=True
     )
-    text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
+    text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.", place="model")
     output: Path = setting(help="Names: FILE.parquet, FILE.csv or FILE.json.")
     words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,479 concrete words, built in")
     template: str = setting("a photo of {}", help="What the text model is told of a word.")

@@ -25,7 +25,7 @@ from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, evaluated_on, summarise
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import training_disk
+from saevlm_fast.training.memory import Written, training_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,7 +147,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in needed.items()],
         **memory_figures(device, sum(needed.values()), free),
-        **disk_figures(options.output, training_disk(*(sae for sae, *_ in saes)), kept),
+        **disk_figures(
+            options.output, training_disk(*(sae for sae, *_ in saes), written=Written.by(device, n_ranks)), kept
+        ),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),
     }

@@ -14,43 +14,25 @@ makes the options; the command prints its tables and returns what --json prints.
 import inspect
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import typer
-from rich.markup import escape
 
+from saevlm_fast.cli.command_line import arguments, parameter
+from saevlm_fast.cli.from_anywhere import path_in
+from saevlm_fast.cli.names import COMMANDS, Command, called, flag_of, key_of, ordered
 from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say, tell
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.data.passes import told_of_passes
-from saevlm_fast.errors import OtherSettings, did_you_mean, require
+from saevlm_fast.errors import OtherSettings, require
 from saevlm_fast.remote.answers import RemoteError
-from saevlm_fast.settings import (
-    NUMBERS,
-    Listed,
-    Setting,
-    Settings,
-    Several,
-    check_once,
-    choices_of,
-    declared_by,
-    default_of,
-    integer,
-    kinds_of,
-    number,
-    path_of,
-    setting,
-    settings_of,
-    title_of,
-)
-
-MADE = "made"  # the table of settings.toml that says how a result was made; nothing is read from it
+from saevlm_fast.settings import Settings, default_of, setting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,17 +97,6 @@ class Plan(NamedTuple):
     figures: dict[str, Any]
 
 
-class Command(NamedTuple):
-    """A command: its name, its options, what it says of itself."""
-
-    name: str
-    options: Any
-    help: str
-
-
-COMMANDS: dict[str, Command] = {}
-
-
 def command(
     name: str, plan: Callable[[Any], Plan] | None = None, shared: bool = False
 ) -> Callable[[Callable[[Any], dict[str, Any] | None]], Callable[[Any], dict[str, Any] | None]]:
@@ -151,7 +122,7 @@ def command(
                 print_json(result)
 
         from_command_line.__doc__ = function.__doc__
-        parameters = [_parameter(cls, field, known) for field, known in ordered(cls) if known.on_command_line]
+        parameters = [parameter(cls, field, known) for field, known in ordered(cls) if known.on_command_line]
         from_command_line.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         from_command_line.__annotations__ = {each.name: each.annotation for each in parameters}
         app.command(name)(from_command_line)
@@ -161,7 +132,6 @@ def command(
 
 
 _RECORDS = ("index.json", "harvest.json", "run.json", "cfg.json", "config.json")
-_PLACES = ("sae", "images", "labels", "embeddings", "words")  # texts that are paths, if one of the name is there
 
 
 def _check_output_is_not_read(options: Any) -> None:
@@ -174,14 +144,14 @@ def _check_output_is_not_read(options: Any) -> None:
     for field, known in ordered(type(options)):
         value = getattr(options, field)
         for each in value if isinstance(value, tuple) else (value,):
-            named = isinstance(each, Path) or (isinstance(each, str) and (field in _PLACES or "/" in each))
+            named = path_in(known, each)
             require(
-                field == "output" or not named or not _are_same(output, each),
+                field == "output" or named is None or not _are_same(output, named),
                 f"output: {output} is {flag_of(field, known)} as well; what is read cannot be replaced",
             )
 
 
-def _are_same(output: Path, named: str | Path) -> bool:
+def _are_same(output: Path, named: Path) -> bool:
     try:
         return output.samefile(named)
     except (OSError, ValueError):  # one is not there, or is no path at all
@@ -204,16 +174,6 @@ def named_by_option(options: Any) -> Iterator[None]:
             raise
         kind = RemoteError if isinstance(error, RemoteError) else ValueError
         raise kind(f"{name}: {error}") from error
-
-
-def called(options: Any, section: str, name: str) -> str:
-    """A setting of a run as the command line knows it: `d_sae (--expansion)`, or an option's own name."""
-    known = dict(ordered(type(options)))
-    own = (name,) if name in known else options.made_from.get(section, ())
-    follows = options.made_from.get(name, own)
-    given = [each for each in follows if follows == (name,) or getattr(options, each) is not None]
-    flags = [flag_of(each, known[each]) for each in given]
-    return name if flags in ([], [f"--{name.replace('_', '-')}"]) else f"{name} ({', '.join(flags)})"
 
 
 def _option_of(message: str, options: Any) -> str | None:
@@ -276,210 +236,3 @@ def _figure(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(str(each) for each in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-_NUMBERS: dict[Any, Callable[[str, str], Any]] = {int: integer, float: number}
-_LISTS_OF_TEXTS = (tuple[str, ...], tuple[Path, ...])  # which may have commas
-
-# The command line -----------------------------------------------------------------------------------------------------
-
-
-def key_of(name: str, known: Setting) -> str:
-    """The name of a setting for users, in a file; with dashes it is that of the option."""
-    return known.option or name
-
-
-def flag_of(name: str, known: Setting) -> str:
-    """--checkpoint-every, or PATH of what is given by its place."""
-    key = key_of(name, known)
-    return key.upper() if known.positional else "--" + key.replace("_", "-")
-
-
-def default_text(cls: Any, name: str, known: Setting) -> str | None:
-    """The default for people; None if there is none, or it is the absence of a thing."""
-    default = default_of(cls, name)
-    if known.shown is not None:
-        return known.shown
-    if default is MISSING or default is None or default is False or default == ():
-        return None
-    if isinstance(default, tuple):
-        return ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in default)
-    return str(default)
-
-
-def ordered(cls: Any) -> list[tuple[str, Setting]]:
-    """The settings of a command as people read them: its own first, then those of its bases, one after the other."""
-    return sorted(settings_of(cls).items(), key=lambda item: cls.__mro__.index(declared_by(cls, item[0])))
-
-
-def is_needed(cls: Any, name: str, known: Setting) -> bool:
-    """Whether it must be given."""
-    return default_of(cls, name) is MISSING and known.shown is None
-
-
-def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
-    """What Typer is told of a field. Its default is None: only what was given comes through."""
-    kind, choices = kinds_of(cls)[name], choices_of(cls, name)
-    brackets = ["required"] if is_needed(cls, name, known) else []
-    brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
-    text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
-    several = ",..." if known.swept else ""
-    more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
-    if kind is Path and not known.positional:
-        more |= {"metavar": "PATH"}
-    elif choices:
-        more |= {
-            "metavar": "|".join(choices) + (",..." if known.swept else ""),
-            "autocompletion": lambda: list(choices),
-        }
-    elif get_origin(kind) is tuple:
-        more |= {"metavar": "<a,b,...>"}
-    elif kind in _NUMBERS and known.parse is None:
-        more |= {"metavar": f"<{kind.__name__}>{several}"}
-    if known.positional:
-        told = typer.Argument(None, **more)
-    else:
-        flag = flag_of(name, known)  # what a file can turn on, the command line can turn off
-        told = typer.Option(None, f"{flag}/--no-{flag[2:]}" if kind is bool and known.in_file else flag, **more)
-    kind = _typer_kind(kind, known, bool(choices))
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
-
-
-def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
-    if get_origin(kind) is tuple:
-        return list[str] | None
-    # Typer takes "" for the working directory, and does not say which text is no number.
-    if has_choices or known.parse is not None or kind is Path or kind in _NUMBERS:
-        return str | None
-    return kind | None
-
-
-def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:
-    """The options of a command, from what Typer has read, and the file of --config if there is one.
-
-    Raises:
-        ValueError: what the file, a value or their combination are refused for; what is needed and was not given.
-    """
-    known = settings_of(cls)
-    given = {field: _from_text(cls, field, value) for field, value in values.items() if _was_given(value)}
-    from_file = read_config(given["config"], name, cls) if "config" in given else {}
-    for field in _used(given):
-        for other in known[field].instead_of:
-            from_file.pop(other, None)
-    given = from_file | given
-    for field, _ in ordered(cls):
-        if is_needed(cls, field, known[field]) and field not in given:
-            key, flag = key_of(field, known[field]), flag_of(field, known[field])
-            raise ValueError(f"{key}: needed; give {flag}, or {key} in the file of --config")
-    return cls.of(given)
-
-
-def _was_given(value: Any) -> bool:
-    return value is not None and value != []
-
-
-def _from_text(cls: Any, name: str, value: Any) -> Any:
-    known = settings_of(cls)[name]
-    key = key_of(name, known)
-    if kinds_of(cls)[name] is Path:
-        return path_of(key, value)
-    require(value != "", f"{key}: is empty")
-    if known.swept and isinstance(value, str) and "," in value:
-        parts = [part.strip() for part in value.split(",")]
-        require("" not in parts, f"{key}: {value!r} has a value that is empty")
-        return several_of(key, parts, lambda part: _from_text(cls, name, part))
-    if known.parse is None:
-        return _NUMBERS[kind](key, value) if (kind := kinds_of(cls)[name]) in _NUMBERS else value
-    return known.parse(name, ",".join(value) if isinstance(value, list) else value)
-
-
-def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
-    """The values of a list, each once. ValueError: one that is twice in it."""
-    values = Several(read(part) for part in parts)
-    check_once(key, values)
-    return values
-
-
-# The file -------------------------------------------------------------------------------------------------------------
-
-
-def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
-    """The settings of a command in a TOML file: keys at the top, and those of its table, which win.
-
-    Raises:
-        ValueError: no TOML; a key that is no setting of the command, with the nearest that is; a value of another kind.
-        OSError: it cannot be read.
-    """
-    require(path.is_file(), f"config: {path} is not a file")
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
-    except RecursionError:
-        raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
-    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
-        raise ValueError(f"{path}: not valid TOML ({error})") from None
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    for table in tables:
-        near = did_you_mean(table, COMMANDS)
-        require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
-    top = {key: value for key, value in document.items() if key not in tables}
-    own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
-    others = ", ".join(f"[{table}]" for table in tables if table not in (MADE, name, name.replace("-", "_")))
-    require(bool(top or own) or not others, f"{path}: says nothing of {name}, only of {others}")
-    top, own = _checked(top, str(path), name, cls), _checked(own, str(path), name, cls)
-    for field in _used(own):
-        for other in settings_of(cls)[field].instead_of:
-            top.pop(other, None)
-    return top | own
-
-
-def _used(given: Mapping[str, Any]) -> list[str]:
-    """What was given and excludes others: a flag that is off does not, nor does a list of nothing."""
-    return [field for field, value in given.items() if value is not False and value != ()]
-
-
-def _checked(table: Mapping[str, Any], where: str, name: str, cls: Any) -> dict[str, Any]:
-    """The settings of a table by the names of fields. where: it stands, for messages."""
-    settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
-    fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
-    found: dict[str, Any] = {}
-    spelt: dict[str, str] = {}
-    for key, value in cls.without_removed(table, where).items():
-        field = fields.get(key.replace("-", "_"))
-        if field is None:
-            raise ValueError(
-                f"{where}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}"
-            )
-        require(field not in found, f"{where}: {spelt.get(field)!r} and {key!r} are one setting; give it once")
-        spelt[field] = key
-        if value == [] and default_of(cls, field) == ():  # as settings.toml has what was left open
-            found[field] = ()
-            continue
-        if settings[field].tables:
-            listed = isinstance(value, list) and len(value) > 0 and all(isinstance(each, dict) for each in value)
-            require(listed, f"{where}: {key} is not a list of tables, [[{key}]]")
-            tables = [(f"{where}: [[{key}]] {number}", each) for number, each in enumerate(value, 1)]
-            found[field] = tuple(_checked(each, where, name, cls) for where, each in tables)
-            continue
-        found[field] = _from_file(f"{where}: {key}", kinds_of(cls)[field], settings[field], value)
-    return found
-
-
-def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
-    """A TOML value as the field has it; lists may also be written as on the command line."""
-    if known.swept and isinstance(value, str) and "," in value:
-        value = [part.strip() for part in value.split(",")]
-        value = [_NUMBERS[kind](where, part) for part in value] if kind in _NUMBERS and not known.parse else value
-    if known.swept and isinstance(value, list):
-        require(len(value) > 0, f"{where}: is an empty list")
-        return several_of(where, value, lambda part: _from_file(where, kind, known, part))
-    if known.parse is not None:
-        if isinstance(value, list):
-            said = [str(each) for each in value]
-            return known.parse(where, Listed(said) if kind in _LISTS_OF_TEXTS else ",".join(said))
-        require(isinstance(value, str | int | float) and not isinstance(value, bool), f"{where} = {value!r} is no text")
-        return known.parse(where, str(value))
-    what, accepted = NUMBERS.get(kind, ("a text", str))
-    fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-    require(fits, f"{where} = {value!r} is not {what}")
-    require(value != "", f"{where}: is empty")
-    return path_of(where, value) if kind is Path else float(value) if kind is float else value

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
+from saevlm_fast.cli.config_file import MADE
 from saevlm_fast.cli.from_anywhere import placed
-from saevlm_fast.cli.options import MADE, Options, called, key_of, ordered
+from saevlm_fast.cli.names import called, key_of, ordered
+from saevlm_fast.cli.options import Options
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import Interrupted, require, while_writing
@@ -146,7 +148,9 @@ def recorded(options: Options) -> dict[str, Any]:
             continue
         if not known.recorded or value is None:
             continue
-        value = [placed(name, each) for each in value] if isinstance(value, tuple) else placed(name, value)
+        value = (
+            [placed(name, known, each) for each in value] if isinstance(value, tuple) else placed(name, known, value)
+        )
         values[key_of(name, known)] = value
     return values
 

@@ -4,17 +4,9 @@ import sys
 from typing import Any
 
 from saevlm_fast import cli  # noqa: F401 (makes the commands)
-from saevlm_fast.cli.options import (
-    COMMANDS,
-    MADE,
-    Options,
-    WorkOptions,
-    default_text,
-    flag_of,
-    is_needed,
-    key_of,
-    ordered,
-)
+from saevlm_fast.cli.config_file import MADE
+from saevlm_fast.cli.names import COMMANDS, default_text, flag_of, is_needed, key_of, ordered
+from saevlm_fast.cli.options import Options, WorkOptions
 from saevlm_fast.settings import Setting, choices_of, kinds_of, title_of
 
 _HEAD = f"""# Settings

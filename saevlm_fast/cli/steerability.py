@@ -39,13 +39,13 @@ class SteerabilityArguments(WorkOptions):
     """Options of `saevlm-fast steerability`."""
 
     title = "Model and SAE"
-    model: str = setting(help="Tower with a text side, as of harvest.")
+    model: str = setting(help="Tower with a text side, as of harvest.", place="model")
     sae: tuple[Path, ...] = setting(
         help=f"{SAE_HELP} Several of one layer, as of other seeds, separated by commas.", parse=paths
     )
     layer: int = setting(help="Block of the tower, from 0, whose output the SAE is of.", at_least=0)
-    images: str = setting(help="Images, as of harvest.")
-    text_model: str | None = setting(None, help="Text side, as of name.", shown="the model's own")
+    images: str = setting(help="Images, as of harvest.", place="images")
+    text_model: str | None = setting(None, help="Text side, as of name.", shown="the model's own", place="model")
     words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,479 concrete words, built in")
     template: str = setting("a photo of {}", help="What the text side is told of a word.")
     output: Path = setting(help="Table of latents: FILE.parquet, FILE.csv or FILE.json; neurons beside it.")

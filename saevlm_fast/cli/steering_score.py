@@ -36,10 +36,10 @@ class SteeringScoreArguments(AnswerArguments):
         "embeddings_sha256": ("embeddings",),
     }
 
-    images: str = setting(help="The images that codes and embeddings were harvested from.")
+    images: str = setting(help="The images that codes and embeddings were harvested from.", place="images")
     codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).", remote=True)
     embeddings: Path = setting(help="Image embeddings of the text model's CLIP: store or matrix file.", remote=True)
-    text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
+    text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.", place="model")
     output: Path = same_as(ScoreRun, "output")
     latents: str | None = setting(None, help="0:1000, or 3,17,40.", shown="all", parse=_as_it_is)
     alpha: float = same_as(ScoreConfig, "alpha")

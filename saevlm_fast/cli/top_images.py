@@ -35,7 +35,10 @@ class TopImagesArguments(LookArguments):
     n: int = setting(16, help="Images of each.", paper="16", at_least=1, at_most=256)
     scores: Path | None = setting(None, help="Table of ms-score, shown and used by top:N.")
     images: str | None = setting(
-        None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
+        None,
+        help="Where the images are, if not where the store says; none: do not show them.",
+        shown="as stored",
+        place="images",
     )
 
     @property

@@ -25,7 +25,7 @@ from saevlm_fast.cli.train_many import evaluated_on, plan_many, runs_of, train_g
 from saevlm_fast.cli.train_options import Run, TrainArguments
 from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import training_disk
+from saevlm_fast.training.memory import Written, training_disk
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
@@ -93,7 +93,7 @@ def plan(options: TrainArguments) -> Plan:
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
         **memory_figures(device, most_memory_of(part, config, n_rows, device, n_processes())),
-        **disk_figures(options.output, training_disk(sae)),
+        **disk_figures(options.output, training_disk(sae, written=Written.by(device, n_processes()))),
         **replaced_figures(options.output, options.force),
         **time_figures(part, config, n_rows, device),
     }

@@ -20,7 +20,7 @@ from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import most_memory_of, training_disk
+from saevlm_fast.training.memory import Written, most_memory_of, training_disk
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,10 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
         "saes": [f"{name}: d_sae {run.sae.d_sae:,}, {human_bytes(needed[name])}" for name, run in runs.items()],
         "resumes_at": [checkpoint.name if checkpoint else "step 0" for checkpoint in newest] or None,
         **memory_figures(device, sum(needed.values())),
-        **disk_figures(options.output, training_disk(*(run.sae for run in runs.values()))),
+        **disk_figures(
+            options.output,
+            training_disk(*(run.sae for run in runs.values()), written=Written.by(device, n_processes())),
+        ),
         **time_of_all(((part, run.config, run.n_rows) for part, run in zip(parts, runs.values())), device),
     }
     return Plan(sentence_of(runs), figures)

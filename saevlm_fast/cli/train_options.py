@@ -49,6 +49,7 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
         None,
         help="Train on this tower's activations of --images, in one pass and without a store: hf:NAME_OR_DIR, "
         "open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].",
+        place="model",
     )
     images: str | None = same_as(HarvestOptions, "images", None)
     validation: Path | None = setting(

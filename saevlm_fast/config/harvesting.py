@@ -73,6 +73,7 @@ class HarvestOptions(Settings):
         "",
         help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, "
         "hf-dataset:USER/NAME:CONFIG::SPLIT, scenes:SPLIT:N, or a URL.",
+        place="images",
     )
     workers: int | None = setting(
         None,

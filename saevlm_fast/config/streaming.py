@@ -34,7 +34,10 @@ class StreamSettings(Settings):
     )
     buffer_on: Literal["device", "host"] = setting("device", help="Whose memory the buffers are in.")
     validation_images: str | None = setting(
-        None, help="Held-out images, as --images, for the evaluation.", shown="the last rows that were trained on"
+        None,
+        help="Held-out images, as --images, for the evaluation.",
+        shown="the last rows that were trained on",
+        place="images",
     )
     keep_store: Path | None = setting(None, help="Also write the first epoch's rows here, as a harvest does.")
     workers: int | None = same_as(HarvestOptions, "workers")

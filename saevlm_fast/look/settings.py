@@ -21,14 +21,21 @@ class ReportSettings(Settings):
 
     title: ClassVar = "The report"
     sae: tuple[str, ...] = setting(
-        help="SAE directory; several: --sae A --sae B, shown side by side.", parse=texts, repeats=True
+        help="SAE directory; several: --sae A --sae B, shown side by side.",
+        parse=texts,
+        repeats=True,
+        place="path",
     )
     output: Path = setting(help="Directory of the report; with --single-file FILE.html.")
     activations: Path | None = setting(
         None, help="Store of activations of all SAEs; patches give heat maps.", remote=True
     )
     codes: tuple[str, ...] = setting(
-        (), help="Store of each SAE's codes, instead of encoding anew.", parse=texts, repeats=True
+        (),
+        help="Store of each SAE's codes, instead of encoding anew.",
+        parse=texts,
+        repeats=True,
+        place="path",
     )
     embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.", remote=True)
     control_sae: Path | None = setting(
@@ -37,13 +44,23 @@ class ReportSettings(Settings):
         "directions with the first SAE's L0 (where no directory is called so).",
     )
     scores: tuple[str, ...] = setting(
-        (), help="Table of each SAE: every number in it is a measure.", parse=texts, repeats=True
+        (),
+        help="Table of each SAE: every number in it is a measure.",
+        parse=texts,
+        repeats=True,
+        place="path",
     )
-    names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts, repeats=True)
+    names: tuple[str, ...] = setting(
+        (), help="Table of each SAE, of `saevlm-fast name`.", parse=texts, repeats=True, place="path"
+    )
     steering: tuple[str, ...] = setting(
-        (), help="Table of each SAE, of `saevlm-fast steering-score`.", parse=texts, repeats=True
+        (),
+        help="Table of each SAE, of `saevlm-fast steering-score`.",
+        parse=texts,
+        repeats=True,
+        place="path",
     )
-    text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.")
+    text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.", place="model")
     labels: Path | None = setting(
         None,
         help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
@@ -54,7 +71,10 @@ class ReportSettings(Settings):
         None, help="Path of every class from the root, FILE.json or FILE.csv as for evaluate: for the depth."
     )
     images: str | None = setting(
-        None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
+        None,
+        help="Where the images are, if not where the store says; none: do not show them.",
+        shown="as stored",
+        place="images",
     )
     pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."

@@ -58,7 +58,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.memory import KEPT_CHECKPOINTS, check_disk
+from saevlm_fast.training.memory import KEPT_CHECKPOINTS, Written, check_disk
 from saevlm_fast.training.saved_state import (
     CHECKPOINT_FILE,
     STATE_FILE,
@@ -124,12 +124,14 @@ class RunDirectory:
     Args:
         output: the directory. checkpoint_every: as Cadence's `every`.
         resume: continue the run in it. force: replace it, once the new SAE is finished.
+        in_group: one of several that are trained together, of which it was told together what may not fit.
 
     Attributes:
         path: where the run is: `output`, or its replacement while that is made.
     """
 
-    def __init__(self, output: Path, checkpoint_every: int | None, resume: bool, force: bool):
+    def __init__(self, output: Path, checkpoint_every: int | None, resume: bool, force: bool, in_group: bool = False):
+        self.in_group = in_group
         self.output, self.checkpoint_every, self.resume, self.force = output, checkpoint_every, resume, force
         self.path = output
         self._written: Future[None] | None = None  # the checkpoint that is being written beside the steps
@@ -200,8 +202,12 @@ class RunDirectory:
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
         else:
-            check_disk(self.output, [state.sae_config], state.config.n_steps, self.checkpoint_every)
+            steps = state.config.n_steps, self.checkpoint_every
+            check_disk(self.output, [state.sae_config], *steps, self._written_by(state.device), not self.in_group)
         return replaces, latest_checkpoint(self.path) if self.resume else None
+
+    def _written_by(self, device: torch.device) -> Written:
+        return Written.by(device)
 
     def prepared(self, state: TrainingState, replaces: bool, checkpoint: Path | None) -> None:
         """Settings and metrics as the steps that follow need them. ValueError: metrics that were altered."""
@@ -273,7 +279,7 @@ class RunDirectory:
             return
         tensors, sae = state.checked_tensors(self.diverged), state.export()
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
-        if not written_beside_steps(state.device):
+        if Written.by(state.device) is not Written.BESIDE_STEPS:  # a CPU has the steps to do
             now = {name: tensor.cpu() for name, tensor in tensors.items()}, sae.cpu()
             self._write(final, lambda: now, counts, self._metrics_so_far())
             return
@@ -367,11 +373,6 @@ class RunDirectory:
     def saved(self) -> str:
         """What has become of the finished SAE."""
         return f"the SAE is finished and saved in {self.output}"
-
-
-def written_beside_steps(device: torch.device) -> bool:
-    """Whether writing a checkpoint takes nothing from the steps: a CPU has the steps to do."""
-    return device.type == "cuda"
 
 
 def _holds_run(output: Path) -> bool:

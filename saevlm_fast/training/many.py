@@ -26,7 +26,7 @@ from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import latest_checkpoint
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_rows
 from saevlm_fast.training.evaluated import EvaluatedRows, look_at
-from saevlm_fast.training.memory import check_disk, check_memory, memory_of
+from saevlm_fast.training.memory import Written, check_disk, check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
     NothingKept,
@@ -115,7 +115,7 @@ class Member:
     ):
         self.name, self.state, self.on_log, self.group = name, state, on_log, group
         self.options, self.watch = options, Watch(options.log_to)
-        self.kept: RunDirectory | NothingKept = kept_of(options)
+        self.kept: RunDirectory | NothingKept = kept_of(options, in_group=group is not None)
         self.steps = CapturedSteps(state.stepper, options.capture)
         self.small = is_small(state.stepper.sae.config, state.config)
         self.log_every = log_every(options, state.config)
@@ -222,7 +222,8 @@ def train_many(
     needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
     check_memory(device, needed)
     if options.output is not None and not options.resume:
-        check_disk(options.output, saes.values(), recipes[first].n_steps, options.checkpoint_every)
+        steps = recipes[first].n_steps, options.checkpoint_every
+        check_disk(options.output, saes.values(), *steps, Written.by(device))
     line = ProgressLine(recipes[first].steps)
 
     def logged(name: str, step: int, metrics: Metrics) -> None:

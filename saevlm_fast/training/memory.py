@@ -1,5 +1,6 @@
 """What training takes in memory and on the disk, which is arithmetic, and whether there is room."""
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
 
 KEPT_CHECKPOINTS = 2  # of a run, when no other is being written
+
+
+class Written(Enum):
+    """How checkpoints of SAEs that are trained together are written."""
+
+    IN_TURN = "in turn"
+    BESIDE_STEPS = "beside the steps"  # those of all SAEs may be being written at once
+    BY_RANKS = "by ranks"  # in turn, each rank its part; the SAE as such is not in them
+
+    @staticmethod
+    def by(device: "torch.device", n_ranks: int = 1) -> "Written":
+        """As one process, or ranks, with such a device write them."""
+        if n_ranks > 1:
+            return Written.BY_RANKS
+        return Written.BESIDE_STEPS if device.type == "cuda" else Written.IN_TURN
 
 
 def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, control: str | None = None) -> int:
@@ -72,19 +88,28 @@ def sae_numbers(sae: "SAEConfig") -> int:
     return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
 
 
-def training_disk(*saes: "SAEConfig", n_checkpoints: int = KEPT_CHECKPOINTS + 1) -> int:
-    """What runs of SAEs that are trained together hold at once, that write so many checkpoints: two each, and one that
-    is being written, or the finished SAEs. A checkpoint is an SAE, training weights and two moments. On a GPU runs
-    write theirs beside the steps: several may be being written, which is not counted."""
-    sizes = [4 * sae_numbers(sae) for sae in saes]
-    kept = 4 * sum(sizes) * min(n_checkpoints, KEPT_CHECKPOINTS)
-    return kept + max(sum(sizes), 4 * max(sizes) if n_checkpoints > KEPT_CHECKPOINTS else 0)
+def training_disk(*saes: "SAEConfig", written: Written, n_checkpoints: int = KEPT_CHECKPOINTS + 1) -> int:
+    """What runs of SAEs that are trained together hold at once, that write so many checkpoints: two each, and those
+    that are being written, or the finished SAEs. A checkpoint is training weights, two moments and, unless ranks write
+    it, the SAE."""
+    sizes, copies = [4 * sae_numbers(sae) for sae in saes], 3 if written is Written.BY_RANKS else 4
+    kept = copies * sum(sizes) * min(n_checkpoints, KEPT_CHECKPOINTS)
+    at_once = sum(sizes) if written is Written.BESIDE_STEPS else max(sizes)
+    return kept + max(sum(sizes), copies * at_once if n_checkpoints > KEPT_CHECKPOINTS else 0)
 
 
-def check_disk(output: Path, saes: "Iterable[SAEConfig]", n_steps: int, checkpoint_every: int | None) -> None:
+def check_disk(
+    output: Path,
+    saes: "Iterable[SAEConfig]",
+    n_steps: int,
+    checkpoint_every: int | None,
+    written: Written,
+    doubts: bool = True,
+) -> None:
     """That there is room for the SAEs with the checkpoints that are there at once, before anything is computed.
 
-    How many a run writes by the clock is not known: one is certain, and a Doubt tells where more would not fit.
+    How many a run writes by the clock is not known: one is certain, and a Doubt tells where more would not fit, unless
+    that was told of all together (`doubts`).
 
     Raises:
         ValueError: there is not, with what is needed and what is free.
@@ -93,20 +118,20 @@ def check_disk(output: Path, saes: "Iterable[SAEConfig]", n_steps: int, checkpoi
 
     together, there = list(saes), _unfinished_bytes(output)
     certain = 1 if checkpoint_every is None else -(-n_steps // checkpoint_every)
-    what, needed = _with_checkpoints(together, certain)
+    what, needed = _with_checkpoints(together, certain, written)
     check_room(output, needed - there, what)
-    if checkpoint_every is None:
-        what, needed = _with_checkpoints(together, n_steps)
+    if checkpoint_every is None and doubts:
+        what, needed = _with_checkpoints(together, n_steps, written)
         if lacking := lacking_room(output, needed - there):
             doubt(f"output: {what} {size_text(needed - there)}, as a run of minutes has them at once, {lacking}")
 
 
-def _with_checkpoints(saes: "Sequence[SAEConfig]", n_written: int) -> tuple[str, int]:
+def _with_checkpoints(saes: "Sequence[SAEConfig]", n_written: int, written: Written) -> tuple[str, int]:
     """What takes room, with its verb, and how much."""
     n = max(1, min(n_written, KEPT_CHECKPOINTS + 1))
     checkpoints = "a checkpoint" if n == 1 else f"{n} checkpoints"
     whose = f"the SAE with {checkpoints} takes" if len(saes) == 1 else f"{len(saes)} SAEs with {checkpoints} each take"
-    return whose, training_disk(*saes, n_checkpoints=n)
+    return whose, training_disk(*saes, written=written, n_checkpoints=n)
 
 
 def _unfinished_bytes(output: Path) -> int:

@@ -57,7 +57,7 @@ from saevlm_fast.training.many import (
     recipes_of,
     stop_all,
 )
-from saevlm_fast.training.memory import check_disk, check_memory, memory_of
+from saevlm_fast.training.memory import Written, check_disk, check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.sharded_held import places_of_rank
 from saevlm_fast.training.streamed import Place, StreamedRows
@@ -247,7 +247,8 @@ class OnePass:
         check_memory(device, needed)
         if self.options.output is not None and not self.options.resume:
             all_saes = [sae for _, _, configs in places for sae, _ in configs.values()]
-            check_disk(self.options.output, all_saes, self.config.n_steps, self.options.checkpoint_every)
+            steps = self.config.n_steps, self.options.checkpoint_every
+            check_disk(self.options.output, all_saes, *steps, Written.by(device, self.n_ranks))
         group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
         for name, rows, configs in places:
             place = self.place_of(name, rows, self.config, self._capacity(rows), device_of_buffer, device)

@@ -236,11 +236,11 @@ class NothingKept:
         """They are returned."""
 
 
-def kept_of(options: RunOptions) -> RunDirectory | NothingKept:
+def kept_of(options: RunOptions, in_group: bool = False) -> RunDirectory | NothingKept:
     """The run's directory, if it has one."""
     if options.output is None:
         return NothingKept()
-    return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
+    return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force, in_group)
 
 
 def take_steps(

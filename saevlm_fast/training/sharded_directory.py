@@ -13,12 +13,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.files import atomic_directory
 from saevlm_fast.records import write_record
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.checkpoints import CHECKPOINTS, RUN_FILE, Cadence, RunDirectory, load_checkpoint
 from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.memory import Written
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.saved_state import CHECKPOINT_FILE, shard_file, write_state
 from saevlm_fast.training.sharded_state import ShardedState
@@ -28,9 +31,20 @@ from saevlm_fast.training.state import TrainingState
 class SharedRunDirectory(RunDirectory):
     """What a run keeps on disk, for all of its ranks: they call the same methods."""
 
-    def __init__(self, output: Path, checkpoint_every: int | None, resume: bool, force: bool, peers: MeshPeers):
-        super().__init__(output, checkpoint_every, resume, force)
+    def __init__(
+        self,
+        output: Path,
+        checkpoint_every: int | None,
+        resume: bool,
+        force: bool,
+        peers: MeshPeers,
+        in_group: bool = False,
+    ):
+        super().__init__(output, checkpoint_every, resume, force, in_group)
         self.peers, self.leads = peers, peers.rank == 0
+
+    def _written_by(self, device: torch.device) -> Written:
+        return Written.BY_RANKS
 
     @contextmanager
     def locked(self) -> Iterator[None]:

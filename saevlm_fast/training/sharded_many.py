@@ -31,7 +31,7 @@ from saevlm_fast.training.many import (
     stop_all,
     take_all,
 )
-from saevlm_fast.training.memory import memory_of
+from saevlm_fast.training.memory import Written, check_disk, memory_of
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.run import fitting
 from saevlm_fast.training.scale import Scale
@@ -95,7 +95,7 @@ class SharedMember(Member):
         super().__init__(name, state, options, on_log, group)
         assert options.output is not None
         given = options.output, options.checkpoint_every, options.resume, options.force
-        self.shared, self.directory = state, SharedRunDirectory(*given, state.peers)
+        self.shared, self.directory = state, SharedRunDirectory(*given, state.peers, group is not None)
         self.kept = self.directory
         self.steps = CapturedSteps(state.stepper, False)
 
@@ -157,6 +157,9 @@ def train_many_shared(
         for member in members:
             stack.enter_context(member.kept.locked())
             stack.enter_context(member.watch)
+        if peers.rank == 0 and options.output is not None and not options.resume:
+            steps = recipes[first].n_steps, options.checkpoint_every
+            check_disk(options.output, saes.values(), *steps, Written.BY_RANKS)
         check_data(peers, activations, held_out)
         evaluated = EvaluatedRows.of_run(activations, held_out, recipes[first])
         look_at(evaluated, recipes[first], whole=False, rank=peers.rank, world=peers.world)

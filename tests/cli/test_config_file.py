@@ -10,12 +10,14 @@ from typing import Any, get_origin
 import pytest
 
 from command import run, run_json
-from saevlm_fast.cli.from_anywhere import PLACES, placed
-from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered, read_config
+from saevlm_fast.cli.command_line import arguments
+from saevlm_fast.cli.config_file import read_config
+from saevlm_fast.cli.from_anywhere import path_in, placed
+from saevlm_fast.cli.names import COMMANDS, is_needed, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.cli.train_options import TrainArguments
 from saevlm_fast.config import StreamSettings
-from saevlm_fast.settings import choices_of, default_of, kinds_of, settings_of
+from saevlm_fast.settings import Setting, choices_of, default_of, kinds_of, settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
 
@@ -144,7 +146,9 @@ def test_what_settings_toml_says_of_defaults_is_read_as_these(name, tmp_path):
     defaults = {field: default_of(cls, field) for field in known}
     given = {field: value for field, value in defaults.items() if value not in (None, MISSING)}
     said = {
-        key_of(field, known[field]): [placed(field, x) for x in v] if isinstance(v, tuple) else placed(field, v)
+        key_of(field, known[field]): [placed(field, known[field], x) for x in v]
+        if isinstance(v, tuple)
+        else placed(field, known[field], v)
         for field, v in given.items()
     }
     (tmp_path / "settings.toml").write_text(toml_text({name: said}))
@@ -187,18 +191,33 @@ NO_PLACES = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_of_every_text_it_is_known_whether_it_names_a_place(name):
-    """One that is new joins PLACES of from_anywhere.py, or NO_PLACES."""
+    """One that is new says `place=`, or joins NO_PLACES."""
     cls: Any = COMMANDS[name].options
     texts = {
-        field
+        field: known
         for field, known in ordered(cls)
         if known.in_file and known.recorded and not choices_of(cls, field)
         if kinds_of(cls)[field] in (str, tuple[str, ...])
     }
-    assert {field for field in texts if (field in PLACES) == (field in NO_PLACES)} == set()
+    assert {field for field, known in texts.items() if (known.place is not None) == (field in NO_PLACES)} == set()
+
+
+def test_a_setting_of_one_name_names_the_same_kind_of_place_in_every_command():
+    kinds: dict[str, set[str | None]] = {}
+    for each in COMMANDS.values():
+        for field, known in ordered(each.options):
+            if kinds_of(each.options)[field] in (str, tuple[str, ...]):
+                kinds.setdefault(field, set()).add(known.place)
+    assert {field: places for field, places in kinds.items() if len(places) > 1} == {}
+
+
+SETTINGS = {field: known for each in COMMANDS.values() for field, known in ordered(each.options) if known.place}
 
 
 def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
+    def of(name: str, value: Any) -> Any:
+        return placed(name, SETTINGS.get(name, Setting(help="")), value)
+
     monkeypatch.chdir(tmp_path)
     for folder in ("photos", "images", "store", "net", "tiny-clip", "scene", "openai", "none.pt"):
         (tmp_path / folder).mkdir()
@@ -216,7 +235,7 @@ def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
         "prompt": ("photos",),
     }
     for name, texts in same.items():
-        assert [placed(name, text) for text in texts] == list(texts)
+        assert [of(name, text) for text in texts] == list(texts)
     made = {
         "images": {"photos": "photos", "photos::train": "photos::train", "*.tar": "*.tar", "{0..2}.tar": "{0..2}.tar"},
         "labels": {"l.csv": "l.csv", "l.csv:colour": "l.csv:colour"},
@@ -225,21 +244,47 @@ def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
         "fonts": {"font.ttf": "font.ttf"},
     }
     for name, texts in made.items():
-        assert {text: placed(name, text) for text in texts} == {text: f"{here}/{it}" for text, it in texts.items()}
-    assert placed("model", "hf:net") == f"hf:{here}/net"
-    assert placed("model", "hf:./tiny-clip") == f"hf:{here}/tiny-clip"
-    assert placed("text_model", "open_clip:ViT-B-32/w.safetensors") == f"open_clip:ViT-B-32/{here}/w.safetensors"
+        assert {text: of(name, text) for text in texts} == {text: f"{here}/{it}" for text, it in texts.items()}
+    assert of("model", "hf:net") == f"hf:{here}/net"
+    assert of("model", "hf:./tiny-clip") == f"hf:{here}/tiny-clip"
+    assert of("text_model", "open_clip:ViT-B-32/w.safetensors") == f"open_clip:ViT-B-32/{here}/w.safetensors"
     for prefix in ("hf:", "open_clip:local-dir:", "timm:local-dir:"):
-        assert placed("clip", f"{prefix}openai") == f"{prefix}{here}/openai"
+        assert of("clip", f"{prefix}openai") == f"{prefix}{here}/openai"
     (tmp_path / "laion2b").touch()  # the name of weights, which come before a file
-    assert placed("clip", "open_clip:ViT-B-32/laion2b") == "open_clip:ViT-B-32/laion2b"
-    assert placed("model", "timm:vit:w.safetensors") == f"timm:vit:{here}/w.safetensors"
-    assert placed("assume", "input_mean=mean.npy") == f"input_mean={here}/mean.npy"
-    assert placed("control_sae", Path("untrained")) == "untrained"
-    assert placed("control_sae", Path("net")) == f"{here}/net"
+    assert of("clip", "open_clip:ViT-B-32/laion2b") == "open_clip:ViT-B-32/laion2b"
+    assert of("model", "timm:vit:w.safetensors") == f"timm:vit:{here}/w.safetensors"
+    assert of("assume", "input_mean=mean.npy") == f"input_mean={here}/mean.npy"
+    assert of("control_sae", Path("untrained")) == "untrained"
+    assert of("control_sae", Path("net")) == f"{here}/net"
     (tmp_path / "untrained").mkdir()
-    assert placed("control_sae", Path("untrained")) == f"{here}/untrained"
-    assert placed("images", "https://me:word@host/a.tar?key=1") == "https://***@host/a.tar?***"
+    assert of("control_sae", Path("untrained")) == f"{here}/untrained"
+    assert of("images", "https://me:word@host/a.tar?key=1") == "https://***@host/a.tar?***"
+
+
+def test_what_an_output_would_replace_is_found_behind_a_column_or_a_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("l.csv", "photos", "m.safetensors", "mean.npy"):
+        Path(name).touch()
+    named = {
+        ("labels", "l.csv:colour"): "l.csv",
+        ("labels", "store"): None,
+        ("images", "photos::train"): "photos",
+        ("images", "hf-dataset:a/b"): None,
+        ("model", "timm:vit:m.safetensors"): "m.safetensors",
+        ("model", "hf:openai/clip"): None,
+        ("assume", "input_mean=mean.npy"): "mean.npy",
+        ("sae", "hf:user/repo"): None,
+    }
+    found = {(name, text): path_in(SETTINGS[name], text) for name, text in named}
+    assert found == {said: None if path is None else Path(path) for said, path in named.items()}
+    assert path_in(Setting(help=""), "photos") is None
+
+
+def test_a_path_with_a_comma_that_is_there_is_one_value_of_a_list(tmp_path):
+    (tmp_path / "a, b").mkdir()
+    cls: Any = COMMANDS["evaluate"].options
+    given = {"sae": [str(tmp_path / "a, b"), f"{tmp_path}/c,{tmp_path}/d"], "activations": "x", "output": "y"}
+    assert arguments("evaluate", cls, given).sae == tuple(f"{tmp_path}/{name}" for name in ("a, b", "c", "d"))
 
 
 def test_a_byte_order_mark_and_two_spellings_of_one_setting(data, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from command import files_below, run, run_json
 from saevlm_fast import outputs
-from saevlm_fast.cli.options import COMMANDS, flag_of
+from saevlm_fast.cli.names import COMMANDS, flag_of
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import kinds_of, settings_of
 

@@ -17,7 +17,10 @@ import typer.main
 
 import saevlm_fast as sf
 from command import ROOT, run
-from saevlm_fast.cli.options import COMMANDS, app, arguments, flag_of, read_config
+from saevlm_fast.cli.command_line import arguments
+from saevlm_fast.cli.config_file import read_config
+from saevlm_fast.cli.names import COMMANDS, flag_of
+from saevlm_fast.cli.options import app
 from saevlm_fast.settings import settings_of
 
 SITE = sorted((ROOT / "docs").rglob("*.md"))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from saevlm_fast.cli import main
-from saevlm_fast.cli.options import COMMANDS, flag_of, key_of
+from saevlm_fast.cli.names import COMMANDS, flag_of, key_of
 from saevlm_fast.settings import choices_of, kinds_of, settings_of
 from small_world import CALLS, spelled, spoil
 

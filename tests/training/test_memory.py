@@ -20,7 +20,14 @@ from saevlm_fast.training import dead_latents, memory, sharded_dead
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
 from saevlm_fast.training.many import train_many
-from saevlm_fast.training.memory import auxiliary_memory, memory_of, most_memory_of, rows_go_to_device, training_memory
+from saevlm_fast.training.memory import (
+    Written,
+    auxiliary_memory,
+    memory_of,
+    most_memory_of,
+    rows_go_to_device,
+    training_memory,
+)
 from saevlm_fast.training.run import train
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
@@ -213,7 +220,7 @@ def test_room_is_asked_for_all_checkpoints_that_are_there_at_once(x_ND, monkeypa
 
         monkeypatch.setattr(RunDirectory, name, measured)
     run(**known)
-    needed = memory.training_disk(*saes.values(), n_checkpoints=min(n, 3))
+    needed = memory.training_disk(*saes.values(), written=Written.IN_TURN, n_checkpoints=min(n, 3))
     assert needed <= max(most) <= needed + len(saes) * 8000, "headers, thresholds and counters apart"
     shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
@@ -228,11 +235,31 @@ def test_room_is_asked_for_all_checkpoints_that_are_there_at_once(x_ND, monkeypa
 
 
 def test_a_run_by_the_clock_may_keep_more_than_there_is_room_for(x_ND, monkeypatch, tmp_path):
-    one, three = (memory.training_disk(SAE, n_checkpoints=n) for n in (1, 3))
+    one, three = (memory.training_disk(SAE, written=Written.IN_TURN, n_checkpoints=n) for n in (1, 3))
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, one))
     told = rf"^output: the SAE with 3 checkpoints takes {size_text(three)}, as a run of minutes .*, and .* are free on"
     with pytest.warns(Doubt, match=told):
         train(x_ND, SAE, steps=3, batch_size=64, device="cpu", output=tmp_path / "run")
+
+
+def test_a_group_is_told_once_of_what_may_not_fit(x_ND, monkeypatch, tmp_path):
+    saes = {"a": SAE, "b": SAE}
+    one = memory.training_disk(*saes.values(), written=Written.IN_TURN, n_checkpoints=1)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, one))
+    monkeypatch.setattr(memory, "_with_checkpoints", lambda *given: ("what", 3 * one) if given[1] > 1 else ("", 0))
+    with pytest.warns(Doubt, match="^output: what") as told:
+        train_many(x_ND, saes, steps=3, batch_size=64, device="cpu", output=tmp_path / "run")
+    assert len(told) == 1
+
+
+def test_how_checkpoints_are_written_says_what_room_they_take():
+    """Of two SAEs: three copies or four, and one or both at once beside the two that each keeps."""
+    one = 4 * memory.sae_numbers(SAE)
+    taken = {how: memory.training_disk(SAE, SAE, written=how) / one for how in Written}
+    assert taken == {Written.IN_TURN: 20, Written.BESIDE_STEPS: 24, Written.BY_RANKS: 15}
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [Written.by(gpu), Written.by(cpu)] == [Written.BESIDE_STEPS, Written.IN_TURN]
+    assert Written.by(gpu, 2) is Written.by(cpu, 2) is Written.BY_RANKS
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -242,7 +269,8 @@ def test_a_run_whose_checkpoint_cannot_be_kept_is_refused_before_its_first_step(
     known = {"steps": 3, "batch_size": 64, "device": "cpu", "output": tmp_path / "run"}
     run = partial(train_many, x_ND, saes) if many else partial(train, x_ND, SAE)
     run(**known)
-    taken, needed = on_disk(tmp_path / "run"), memory.training_disk(*saes.values(), n_checkpoints=1)
+    taken = on_disk(tmp_path / "run")
+    needed = memory.training_disk(*saes.values(), written=Written.IN_TURN, n_checkpoints=1)
     assert needed <= taken <= needed + len(saes) * 3000, "headers, thresholds and counters apart"
     shutil.rmtree(tmp_path / "run")
     with monkeypatch.context() as patch:

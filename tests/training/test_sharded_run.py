@@ -13,18 +13,21 @@ import pytest
 import torch
 from thread_peers import together
 
+from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.errors import Interrupted, size_text
 from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_directory, sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.many import Look, train_many
+from saevlm_fast.training.memory import Written, training_disk
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint, read_state
+from saevlm_fast.training.sharded_directory import SharedRunDirectory
 from saevlm_fast.training.sharded_many import train_many_shared
 from saevlm_fast.training.sharded_run import train_shared
 from saevlm_fast.training.shards import Shard, starting_sae
@@ -193,6 +196,30 @@ def test_a_grid_of_ranks_is_that_of_one_process(matrix, tmp_path):
             more = {"ms_mean": 0.5} if name == "b" else {}
             assert found[0][name].metrics == pytest.approx(metrics | more, rel=1e-4)
             assert found[1][name].metrics == pytest.approx(metrics, rel=1e-4)
+
+
+def test_ranks_ask_for_the_room_that_their_checkpoints_take(matrix, monkeypatch, tmp_path):
+    """The most that was there when a checkpoint had just been written, before others went; less is refused."""
+    saes, most = {"a": sae_config(), "b": sae_config("topk")}, []
+    drop = SharedRunDirectory._drop_old
+
+    def measured(self):
+        most.append(sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")))
+        drop(self)
+
+    def work(peers):
+        where = options(tmp_path / "run", checkpoint_every=5)
+        return train_many_shared(peers, open_activations(matrix), saes, CONFIG, where)
+
+    needed = training_disk(*saes.values(), written=Written.BY_RANKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
+        with pytest.raises(ValueError, match=rf"^output: 2 SAEs with 3 checkpoints each take {size_text(needed)}, and"):
+            together(2, work)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(SharedRunDirectory, "_drop_old", measured)
+    together(2, work)
+    assert needed <= max(most) <= needed + 20_000, "headers, idle steps and counters apart"
 
 
 def test_shards_are_the_whole_state(matrix, tmp_path):
