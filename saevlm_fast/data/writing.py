@@ -141,6 +141,7 @@ class StoreWriter(ABC):
             self._index = replace(index, shards=())
         self._marks: Marks | None = Marks() if part in (None, 0) else None  # of ranks the first tells of them
         self._in_the_way = False  # of the next try: a new store, empty though rows have come
+        self._has_failed = False  # rows were dropped, without which more would not be what was meant
         self._unwritten = _Unwritten(path)
         weakref.finalize(self, self._unwritten.dropped)
 
@@ -203,6 +204,7 @@ class StoreWriter(ABC):
 
     def _check_open(self) -> None:
         require(not self.complete, f"{self.path}: the store is complete; rows can no longer be added")
+        require(not self._has_failed, f"{self.path}: its writer ended with an exception; resume the store to go on")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -212,9 +214,9 @@ class StoreWriter(ABC):
             return
         index = self.path / _INDEX
         with output_lock(index, directory=False, patience=_PATIENCE_SECONDS):
-            as_left = index.is_file() and index.read_bytes() == self._written
-            what = f"{self.path}: another process or thread has written to it, or taken it away"
-            require(as_left, f"{what}; resume the store to go on")
+            require(index.is_file(), f"{self.path}: its {_INDEX} is gone, without which there is no store to add to")
+            as_left = index.read_bytes() == self._written
+            require(as_left, f"{self.path}: another process or thread has written to it; resume the store to go on")
             yield
 
     def _save(self, index: StoreIndex) -> None:
@@ -225,6 +227,7 @@ class StoreWriter(ABC):
     def close(self) -> None:
         """Declares the store complete (a part: merge_parts does that); a new one without rows goes, and is refused."""
         if not self.complete and self.part is None:
+            self._check_open()
             self._met_rows()  # or none ever will
             try:
                 with self._alone():
@@ -244,7 +247,7 @@ class StoreWriter(ABC):
         if kind is None:
             self.close()
             return
-        self._unwritten.rows = 0  # the exception says enough
+        self._unwritten.rows, self._has_failed = 0, True  # the exception says enough
         self._give_up()
 
     @contextmanager

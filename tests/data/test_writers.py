@@ -233,14 +233,31 @@ def test_a_writer_that_is_dropped_leaves_the_store_of_another_alone(tmp_path, mo
 
 def test_what_close_says_is_not_said_again(tmp_path):
     """Of a store that another writer has closed meanwhile, or that is gone."""
-    for name, meanwhile in (("closed", lambda path: writer_with(2, path).close()), ("gone", lambda path: None)):
+    for name, meanwhile, told in (
+        ("closed", lambda path: writer_with(2, path).close(), "another process or thread has written to it"),
+        ("gone", lambda path: None, "its index.json is gone, without which there is no store to add to"),
+    ):
         writer = writer_with(3, tmp_path / name)
         (tmp_path / name / "index.json").unlink()
         meanwhile(tmp_path / name)
         with nothing_said():
-            with pytest.raises(ValueError, match="has written to it, or taken it away"):
+            with pytest.raises(ValueError, match=told):
                 writer.close()
             del writer
+
+
+def test_a_writer_that_raised_takes_no_more_rows(tmp_path):
+    """Those that it dropped would be missing before them."""
+    writer = ActivationWriter(tmp_path / "s", 5, torch.float32, {}, 2)
+    with contextlib.suppress(KeyboardInterrupt), writer:
+        writer.append(rows_of(3), items_of(0, 3))
+        raise KeyboardInterrupt
+    for again in (lambda: writer.append(rows_of(1), items_of(3, 4)), writer.close):
+        with nothing_said(), pytest.raises(ValueError, match="ended with an exception; resume the store to go on"):
+            again()
+    with ActivationWriter.resume(tmp_path / "s", 2) as resumed:
+        resumed.append(rows_of(1), items_of(2, 3))
+    assert open_activations(tmp_path / "s").n_rows == 3
 
 
 @pytest.mark.parametrize("close", [True, False])
@@ -281,9 +298,7 @@ def test_two_writers_of_one_store_do_not_overwrite_each_other(tmp_path):
     writer.append(rows_of(4), items_of(0, 4))
     late, other = (ActivationWriter.resume(tmp_path / "s", 4) for _ in range(2))
     other.append(rows_of(4), items_of(4, 8))
-    with pytest.raises(
-        ValueError, match="another process or thread has written to it, or taken it away; resume the store to go on"
-    ):
+    with pytest.raises(ValueError, match="another process or thread has written to it; resume the store to go on"):
         late.append(rows_of(4), items_of(8, 12))
     other.close()
     for behind in (late, writer):
