@@ -1,5 +1,7 @@
 """Every command on a GPU, on small inputs."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -12,34 +14,48 @@ ON_THE_HOST = ("doctor", "human-agreement")  # facts alone, and a dozen numbers
 COMMANDS = [name for name, call in CALLS.items() if "--device" in call and name != "demo"]
 
 
+SECOND = pytest.param("cuda:1", marks=pytest.mark.skipif("torch.cuda.device_count() < 2", reason="one GPU"))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("gpu") / "world")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_on_a_gpu_does_what_it_does_on_a_cpu(name, world, tmp_path, monkeypatch):
-    monkeypatch.chdir(world)
-    output = CALLS[name].get("--output")
-    figures = {}
-    for device in ("cpu", "cuda"):
-        call = words(name, device=device)
+@pytest.fixture(scope="module")
+def figures_of(world, tmp_path_factory):
+    """(command, device) -> its numbers, each once."""
+
+    @cache
+    def of(name, device):
+        output, call = CALLS[name].get("--output"), words(name, device=device)
+        path = tmp_path_factory.mktemp(name) / str(output)
         if output is not None:
-            call[call.index(output)] = str(tmp_path / device / output)
-            (tmp_path / device).mkdir()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
+            call[call.index(output)] = str(path)
         assert run(*call)
-        if device == "cuda" and name not in ON_THE_HOST:
-            assert torch.cuda.max_memory_allocated() > before, "it was not there"
-        if output is not None:
-            path = tmp_path / device / output
-            assert path.exists()
-            found = results.find(path)
-            figures[device] = list(numbers_of(results.describe(found)["figures"])) if found else []
-    if figures:
-        assert figures["cuda"] == pytest.approx(figures["cpu"], rel=1e-2, abs=1e-3, nan_ok=True)
+        if output is None:
+            return []
+        assert path.exists()
+        found = results.find(path)
+        return list(numbers_of(results.describe(found)["figures"])) if found else []
+
+    return of
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", SECOND])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_on_a_gpu_does_what_it_does_on_a_cpu(name, device, world, figures_of, monkeypatch):
+    monkeypatch.chdir(world)
+    expected = figures_of(name, "cpu")
+    for each in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(each)
+    before = [torch.cuda.max_memory_allocated(each) for each in range(torch.cuda.device_count())]
+    found = figures_of(name, device)
+    used = [torch.cuda.max_memory_allocated(each) > held for each, held in enumerate(before)]
+    if name not in ON_THE_HOST:
+        assert used == [each == (torch.device(device).index or 0) for each in range(len(used))], "where it was"
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True)
 
 
 def numbers_of(figures):

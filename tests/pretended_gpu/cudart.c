@@ -1,4 +1,4 @@
-/* A CUDA runtime without a GPU: one device, whose memory is the host's.
+/* A CUDA runtime without a GPU: two devices, whose memory is the host's.
 
    torch's own allocator, streams, events and graphs run on it (LD_PRELOAD). It computes nothing: what torch and Triton
    would launch is done by the Python files beside this one, and a kernel of CUDA itself ends the process. As a driver it
@@ -12,13 +12,19 @@
 #include <sys/mman.h>
 
 _Static_assert(CUDART_VERSION / 1000 == 13, "functions and structures of CUDA 13");
-enum { TOTAL_GIB = 8, MULTIPROCESSORS = 4, PAGE = 4096, MOST_STREAMS = 64 };
+enum { DEVICES = 2, TOTAL_GIB = 8, MULTIPROCESSORS = 4, PAGE = 4096, MOST_STREAMS = 64 };
 
-/* --- the device ------------------------------------------------------------------------------------------------- */
+/* --- the devices ------------------------------------------------------------------------------------------------ */
 
-cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+static __thread int current;
+
+cudaError_t cudaGetDeviceCount(int *count) { *count = DEVICES; return cudaSuccess; }
+cudaError_t cudaGetDevice(int *device) { *device = current; return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= DEVICES) return cudaErrorInvalidDevice;
+    current = device;
+    return cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
@@ -54,14 +60,16 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
 typedef struct Block {
     void *begin;
     size_t bytes;
+    int device;
     struct Block *next;
 } Block;
 static Block *on_device, *on_host;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static _Atomic size_t taken;
+static _Atomic size_t taken[DEVICES];
 
 static cudaError_t take(Block **blocks, void **begin, size_t bytes) {
     Block *block = malloc(sizeof *block);
+    block->device = current;
     block->bytes = (bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
     *begin = mmap(0, block->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if ((block->begin = *begin) == MAP_FAILED) {
@@ -75,13 +83,14 @@ static cudaError_t take(Block **blocks, void **begin, size_t bytes) {
     return cudaSuccess;
 }
 
-static size_t give_back(Block **blocks, void *begin) {
+static size_t give_back(Block **blocks, void *begin, int *device) {
     size_t bytes = 0;
     pthread_mutex_lock(&lock);
     for (Block **at = blocks; *at && !bytes; )
         if ((*at)->begin == begin) {
             Block *block = *at;
             bytes = block->bytes;
+            *device = block->device;
             *at = block->next;
             free(block);
         } else
@@ -91,36 +100,45 @@ static size_t give_back(Block **blocks, void *begin) {
     return bytes;
 }
 
-static int holds(Block *block, const char *address) {
+static Block *holding(Block *block, const char *address) {
     while (block && (address < (char *)block->begin || address >= (char *)block->begin + block->bytes)) block = block->next;
-    return block != 0;
+    return block;
 }
 
 cudaError_t cudaMalloc(void **begin, size_t bytes) {
-    if (taken + bytes > (size_t)TOTAL_GIB << 30) return cudaErrorMemoryAllocation;
+    if (taken[current] + bytes > (size_t)TOTAL_GIB << 30) return cudaErrorMemoryAllocation;
     cudaError_t status = take(&on_device, begin, bytes);
     if (status == cudaSuccess) {
         memset(*begin, 0xAB, bytes); /* nothing relies on zeros */
-        taken += (bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
+        taken[current] += (bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
     }
     return status;
 }
-cudaError_t cudaFree(void *begin) { taken -= give_back(&on_device, begin); return cudaSuccess; }
+cudaError_t cudaFree(void *begin) {
+    int device = 0;
+    size_t bytes = give_back(&on_device, begin, &device);
+    taken[device] -= bytes;
+    return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void **begin, size_t bytes, unsigned flags) { return take(&on_host, begin, bytes); }
-cudaError_t cudaFreeHost(void *begin) { give_back(&on_host, begin); return cudaSuccess; }
+cudaError_t cudaFreeHost(void *begin) {
+    int device;
+    give_back(&on_host, begin, &device);
+    return cudaSuccess;
+}
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
     *total = (size_t)TOTAL_GIB << 30;
-    *left = *total - taken;
+    *left = *total - taken[current];
     return cudaSuccess;
 }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *address) {
     memset(found, 0, sizeof *found);
     pthread_mutex_lock(&lock);
-    found->type = holds(on_device, address) ? cudaMemoryTypeDevice
-                  : holds(on_host, address) ? cudaMemoryTypeHost
-                                            : cudaMemoryTypeUnregistered;
+    Block *block = holding(on_device, address), *pinned = block ? 0 : holding(on_host, address);
+    found->type = block ? cudaMemoryTypeDevice : pinned ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+    found->device = block ? block->device : pinned ? pinned->device : current;
     pthread_mutex_unlock(&lock);
     found->devicePointer = found->hostPointer = (void *)address;
     return cudaSuccess;
@@ -139,16 +157,17 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 
 typedef struct Stream {
     unsigned long long capture; /* 0: none */
-    int priority;
+    int priority, device;
 } Stream;
 typedef struct Event {
     unsigned long long capture;
+    int device;
 } Event;
-static Stream first_stream, *capturing[MOST_STREAMS];
+static Stream first_streams[DEVICES], *capturing[MOST_STREAMS];
 static int n_capturing;
 static _Atomic unsigned long long n_captures;
 
-static Stream *of(cudaStream_t stream) { return stream ? (Stream *)stream : &first_stream; }
+static Stream *of(cudaStream_t stream) { return stream ? (Stream *)stream : &first_streams[current]; }
 static void capture(Stream *stream, unsigned long long number) {
     if (n_capturing == MOST_STREAMS) abort();
     stream->capture = number;
@@ -162,6 +181,7 @@ unsigned long long pretended_capture(void *stream) { return of(stream)->capture;
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *made, unsigned flags, int priority) {
     Stream *stream = calloc(1, sizeof *stream);
     stream->priority = priority;
+    stream->device = current;
     *made = (cudaStream_t)stream;
     return cudaSuccess;
 }
@@ -215,10 +235,13 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cudaSuccess; }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *made, unsigned flags) {
-    *made = (cudaEvent_t)calloc(1, sizeof(Event));
+    Event *event = calloc(1, sizeof *event);
+    event->device = current;
+    *made = (cudaEvent_t)event;
     return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    if (((Event *)event)->device != (stream ? of(stream)->device : current)) return cudaErrorInvalidResourceHandle;
     ((Event *)event)->capture = of(stream)->capture;
     return cudaSuccess;
 }

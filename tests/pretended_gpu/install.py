@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from pretended_gpu.torch_kernels import replace_kernels
-from pretended_gpu.work import Device, current_stream
+from pretended_gpu.work import Device, current_stream, key_of
 
 from quick_interpreter import quicken_interpreter
 
@@ -35,16 +35,21 @@ def order_streams() -> None:
     """Who waits for whom, told to the device."""
 
     def of(stream: Any) -> int:
-        return current_stream() if stream is None else stream.cuda_stream
+        return current_stream() if stream is None else key_of(stream)
 
     event, stream = torch.cuda.Event, torch.cuda.Stream
     after(event, "record", lambda self, stream=None: device.record(self.cuda_event, of(stream)))
     after(event, "wait", lambda self, stream=None: device.stream_waits(self.cuda_event, of(stream)))
     after(event, "synchronize", lambda self: device.host_waits(self.cuda_event))
     after(event, "query", lambda self: device.is_over(self.cuda_event))
-    after(stream, "synchronize", lambda self: device.host_waits_for_stream(self.cuda_stream))
-    after(torch.cuda, "synchronize", lambda device_=None: device.host_waits_for_all())
+    after(stream, "synchronize", lambda self: device.host_waits_for_stream(key_of(self)))
+    after(torch.cuda, "synchronize", lambda device_=None: device.host_waits_for_all(number_of(device_)))
     after(torch.cuda, "empty_cache", lambda: device.host_waits_for_all())  # cudaFree waits
+
+
+def number_of(named: Any) -> int:
+    """Of the current device, if none is named."""
+    return torch.cuda._utils._get_device_index(named, optional=True)
 
 
 def keep_graphs() -> None:

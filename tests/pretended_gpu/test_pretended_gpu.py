@@ -56,7 +56,7 @@ def test_values_and_gradients_are_those_of_the_cpu():
 def test_tensors_of_the_host_beside_those_of_the_device_are_refused():
     there, here = torch.ones(4, device="cuda"), torch.ones(4)
     for mixed in (lambda: there + here, lambda: here[torch.zeros(2, dtype=torch.long, device="cuda")]):
-        with pytest.raises(RuntimeError, match="others on the GPU"):
+        with pytest.raises(RuntimeError, match=r"is on .*, others on cuda:0"):
             mixed()
     assert float((there + torch.tensor(2.0)).sum()) == 12
 
@@ -184,3 +184,36 @@ def test_a_kernel_that_leaves_its_arguments_is_found():
     assert float(x.sum()) == 5
     with pytest.raises((InterpreterError, OutOfBoundsError), match="is in none of"):
         ones[(1,)](x, 6, BLOCK=8)
+    there = torch.zeros(5, device="cuda:1")
+    with pytest.raises(AssertionError, match=r"a tensor \[5\] is on cuda:1, and the launch is on cuda:0"):
+        ones[(1,)](there, 5, BLOCK=8)
+    with torch.cuda.device(1):
+        ones[(1,)](there, 5, BLOCK=8)
+    assert float(there.sum()) == 5
+
+
+def test_tensors_of_two_devices_are_refused():
+    here, there = torch.ones(4, device="cuda"), torch.ones(4, device="cuda:1")
+    with pytest.raises(RuntimeError, match=r"add.Tensor: other \[4\] is on cuda:1, others on cuda:0"):
+        here + there
+    there.record_stream(torch.cuda.current_stream(1))
+    assert there.sum().device == torch.arange(3, device="cuda:1").device == torch.device("cuda:1")
+
+
+def test_a_copy_between_devices_is_in_order_with_both(other, race):
+    here, there = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda:1")
+    there.add_(1)
+    there.copy_(here)
+    with torch.cuda.stream(other), pytest.raises(race):
+        here.add_(1)
+    assert there.add_(here.to("cuda:1")).tolist() == [2, 2, 2, 2]
+
+
+def test_one_device_is_not_waited_for_by_waiting_for_the_other():
+    pinned = torch.zeros(2, 4, pin_memory=True)
+    for number in (0, 1):
+        pinned[number].copy_(torch.ones(4, device=f"cuda:{number}"), non_blocking=True)
+    torch.cuda.synchronize(1)
+    assert pinned[1].tolist() == [1] * 4 != pinned[0].tolist()
+    torch.cuda.synchronize()
+    assert pinned[0].tolist() == [1] * 4

@@ -50,7 +50,10 @@ class Kernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arguments, args)) | kwargs
-        self._check_devices(given)
+        with torch.cuda.device(self._device_of(given)):
+            return self._launch(given)
+
+    def _launch(self, given: dict[str, Any]) -> Any:
         waits = self._waits(given)
         if waits:
             self.device.must_not_capture(self.name)
@@ -112,7 +115,7 @@ class Kernel:
 
     def _generator(self, of: torch.Generator | None) -> torch.Generator:
         """The CPU's, that stands for one of the device."""
-        of = torch.cuda.default_generators[0] if of is None else of
+        of = torch.cuda.default_generators[torch.cuda.current_device()] if of is None else of
         known = self.generators.get(id(of))
         if known is None or known.initial_seed() != of.initial_seed():
             known = self.generators[id(of)] = torch.Generator().manual_seed(of.initial_seed())
@@ -123,24 +126,50 @@ class Kernel:
             return self.name in WAITING and given.get("output_size") is None
         return any(t.dtype in (torch.bool, torch.uint8) or not t.is_cuda for t in tensors_of(given["indices"]))
 
-    def _check_devices(self, given: dict[str, Any]) -> None:
-        """RuntimeError: a tensor of the host beside those of the device, which is no single number."""
-        for name, value in given.items():
-            for t in tensors_of(value):
-                if not t.is_cuda and t.ndim and not (self.name in INDEXING and name == "indices"):
-                    raise RuntimeError(f"{self.name}: {name} {list(t.shape)} is on {t.device}, others on the GPU")
+    def _device_of(self, given: dict[str, Any]) -> torch.device | None:
+        """The device that all are on, or that was named; None: the current one.
+
+        RuntimeError: a tensor of another device or the host beside them, which is no single number of the host.
+        """
+        all_of = [(name, t) for name, value in given.items() for t in tensors_of(value)]
+        on = next((t.device for _, t in all_of if t.is_cuda), None)
+        for name, t in all_of:
+            elsewhere = t.device != on if t.is_cuda else t.ndim and not (self.name in INDEXING and name == "indices")
+            if elsewhere:
+                raise RuntimeError(f"{self.name}: {name} {list(t.shape)} is on {t.device}, others on {on}")
+        named = given.get("device")
+        return on if on is not None or named is None or named.type != "cuda" else named
 
 
 def number(device: Device, t: Tensor) -> Any:
     """t.item()"""
-    device.must_not_capture("_local_scalar_dense")
-    found = device.launch("_local_scalar_dense", [Access(*extent(t), False)], lambda: as_host(t).item(), [])
-    device.host_waits_for_stream()
+    with torch.cuda.device(t.device):
+        device.must_not_capture("_local_scalar_dense")
+        found = device.launch("_local_scalar_dense", [Access(*extent(t), False)], lambda: as_host(t).item(), [])
+        device.host_waits_for_stream()
     return found
 
 
 def copy(device: Device, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """to.copy_(source), of which one is on the device, or both. The host waits, unless that is pinned and need not."""
+    """to.copy_(source), of which one is on a device, or both. The host waits, unless that is pinned and need not.
+
+    Between two devices the source's does it, as torch has it: after what the other one's stream has to do, and before
+    what comes there.
+    """
+    on = source.device if source.is_cuda else to.device
+    between = to.is_cuda and to.device != on
+    streams = [torch.cuda.current_stream(each) for each in (to.device, on)] if between else []
+    with torch.cuda.device(on):
+        if between:
+            streams[1].wait_stream(streams[0])
+        copy_on_one(device, to, source, non_blocking)
+        if between:
+            streams[0].wait_stream(streams[1])
+    return to
+
+
+def copy_on_one(device: Device, to: Tensor, source: Tensor, non_blocking: bool) -> None:
+    """By the current one."""
 
     @torch.no_grad()
     def run() -> None:
@@ -159,7 +188,6 @@ def copy(device: Device, to: Tensor, source: Tensor, non_blocking: bool = False)
     device.launch("copy_", accesses, arrive if later and host is to else run, [])
     if host is not None and not later and not (host is source and non_blocking):
         device.host_waits_for_stream()
-    return to
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

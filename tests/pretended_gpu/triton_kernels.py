@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from pretended_gpu.work import Access, Device, as_host, extent
 from torch import Tensor
 from triton.runtime import interpreter
@@ -60,8 +61,10 @@ def interpret_on(device: Device) -> None:
         if not any(t.is_cuda for t in arguments):
             run(self, *args, **kwargs)
             return
-        for t in arguments:
-            assert t.is_cuda or t.is_pinned(), f"{name}: a tensor {list(t.shape)} is on {t.device}, others on the GPU"
+        for t in arguments:  # Triton launches on the current device
+            there = t.is_pinned() or (t.is_cuda and t.device.index == torch.cuda.current_device())
+            here = f"cuda:{torch.cuda.current_device()}"
+            assert there, f"{name}: a tensor {list(t.shape)} is on {t.device}, and the launch is on {here}"
         host = [on_host(value) for value in args], {key: on_host(value) for key, value in kwargs.items()}
 
         def once() -> list[Access]:

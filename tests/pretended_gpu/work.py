@@ -1,4 +1,4 @@
-"""The pretended device: what launches read and write, what is in order with what, captured graphs, pinned memory.
+"""The pretended devices: what launches read and write, what is in order with what, captured graphs, pinned memory.
 
 A launch is done at once. What a GPU would have been free to do otherwise is found by clocks (Lamport, 1978): every
 stream knows up to which launch of every other one it has waited, and so does the host. Of two launches that touch the
@@ -73,6 +73,7 @@ class Device:
         self._open: dict[int, dict[Access, tuple[int, str]]] = {}  # of a stream, unknown to the host
         self._coming: list[Copy] = []
         self._lent: list[Copy] = []
+        self._device_of: dict[int, int] = {}  # of a stream
         self._graphs: dict[int, Graph] = {}  # by the number of a capture, while it goes on
         self._capture_of = ctypes.CDLL(None).pretended_capture
         self._capture_of.argtypes, self._capture_of.restype = [ctypes.c_void_p], ctypes.c_ulonglong
@@ -117,6 +118,7 @@ class Device:
         stream = current_stream()
         clock = self._clock(stream)
         clock[stream] = clock.get(stream, 0) + 1
+        self._device_of[stream] = torch.cuda.current_device()
         self._touch(name, accesses)
 
     def _touch(self, name: str, accesses: Iterable[Access]) -> None:
@@ -164,11 +166,13 @@ class Device:
         with self._lock:
             self._host_knows(self._clock(current_stream() if stream is None else stream))
 
-    def host_waits_for_all(self) -> None:
+    def host_waits_for_all(self, number: int | None = None) -> None:
+        """All streams of a device, if one is named."""
         self.must_not_capture("a wait for the device")
         with self._lock:
-            for clock in list(self._streams.values()):
-                self._host_knows(clock)
+            for stream, clock in list(self._streams.items()):
+                if number in (None, self._device_of.get(stream)):
+                    self._host_knows(clock)
 
     def is_over(self, event: int) -> bool:
         """Not yet, when it is asked for the first time."""
@@ -213,7 +217,10 @@ class Device:
     # --- graphs ------------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Graph | None:
-        return self._graphs.get(self._capture_of(current_stream()))
+        return self._graphs.get(self._number_of_capture(current_stream()))
+
+    def _number_of_capture(self, stream: int) -> int:
+        return int(self._capture_of(stream)) if stream > 0 else 0  # a default stream captures nothing
 
     def must_not_capture(self, what: str) -> None:
         """RuntimeError while the current stream captures, as CUDA raises."""
@@ -222,7 +229,7 @@ class Device:
 
     def begin_capture(self) -> Graph:
         stream = current_stream()
-        graph = self._graphs[self._capture_of(stream)] = Graph(stream)
+        graph = self._graphs[self._number_of_capture(stream)] = Graph(stream)
         return graph
 
     def end_capture(self, graph: Graph) -> None:
@@ -251,7 +258,12 @@ class Device:
 
 
 def current_stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+    return key_of(torch.cuda.current_stream())
+
+
+def key_of(stream: torch.cuda.Stream) -> int:
+    """Its address; of a device's default stream, which has none, the device's number below 0."""
+    return int(stream.cuda_stream or -stream.device.index)
 
 
 def merge(clock: Clock, other: Clock) -> None:
