@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 import torch
+from result_numbers import numbers_in
 
 from command import run
-from saevlm_fast import results
 from small_world import CALLS, build_world, words
 
 # demo: its dry run takes steps of its own sizes.
@@ -36,8 +36,7 @@ def figures_of(world, tmp_path_factory):
         if output is None:
             return []
         assert path.exists()
-        found = results.find(path)
-        return list(numbers_of(results.describe(found)["figures"])) if found else []
+        return numbers_in(path)
 
     return of
 
@@ -56,14 +55,3 @@ def test_a_command_on_a_gpu_does_what_it_does_on_a_cpu(name, device, world, figu
     if name not in ON_THE_HOST:
         assert used == [each == (torch.device(device).index or 0) for each in range(len(used))], "where it was"
     assert found == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True)
-
-
-def numbers_of(figures):
-    """Those in it, in its order."""
-    if isinstance(figures, dict):
-        figures = list(figures.values())
-    for each in figures if isinstance(figures, list) else [figures]:
-        if isinstance(each, dict | list):
-            yield from numbers_of(each)
-        elif isinstance(each, int | float):
-            yield each

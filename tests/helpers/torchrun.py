@@ -26,7 +26,8 @@ class Torchrun:
     def __init__(self, arguments, n_ranks, log, launch=("--standalone",)):
         self.log = log
         launcher = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={n_ranks}"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 [*launcher, "-m", "saevlm_fast.cli", *map(str, arguments)],

@@ -1,6 +1,8 @@
 """The pretended GPU in a process: `cudart.c` is loaded already, and nothing has imported Triton."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from pretended_gpu.collectives import replace_collectives
 from pretended_gpu.torch_kernels import replace_kernels
 from pretended_gpu.work import Device, current_stream, key_of
 
@@ -29,6 +32,15 @@ def install() -> None:
     interpret_on(device)
     order_streams()
     keep_graphs()
+    replace_collectives(device)
+    atexit.register(tell_of_faults)
+
+
+def tell_of_faults() -> None:
+    """A process that took one for something else does not end well. pytest's plugin has told of its own."""
+    if device.faults:
+        print(f"pretended GPU: {device.faults[0]}", file=sys.stderr, flush=True)
+        os._exit(70)
 
 
 def order_streams() -> None:
