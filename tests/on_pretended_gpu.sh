@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tests as on a GPU, where there is none: bash tests/on_pretended_gpu.sh [pytest's arguments]
+# Tests as on two GPUs, where there is none: bash tests/on_pretended_gpu.sh [pytest's arguments]
 #
-# torch believes in a GPU whose memory is the host's: its CUDA tensors, streams, events, graphs and allocator are real,
-# and the work is done by the CPU and by Triton's interpreter. So every line of Python that only a GPU reaches is run:
+# torch believes in two GPUs whose memory is the host's: its CUDA tensors, streams, events, graphs and allocators are real,
+# the work is done by the CPU and by Triton's interpreter, and gloo carries what ranks tell each other. So every line of Python that only a GPU reaches is run:
 # devices that are mixed, waits within a capture, races between streams, pinned memory that is reused too soon and kernels
 # that leave their arguments are found. Nothing is timed, and nothing is said of what the compiler makes of a kernel.
 #
@@ -32,8 +32,9 @@ export LD_PRELOAD=$scratch/libcuda.so.1 PYTHONPATH=$PWD/tests/pretended_gpu/site
 pytest=("$python" -m pytest -q -p no:cacheprovider -p pretended_gpu.plugin)
 benches=()
 if [ $# -eq 0 ]; then
-    set -- tests/pretended_gpu tests/cli/test_on_a_gpu.py tests/training/test_short_runs_on_a_gpu.py tests/data \
-        tests/harvesting tests/steering tests/towers tests/test_sparse_codes.py
+    set -- tests/pretended_gpu tests/cli/test_on_a_gpu.py tests/cli/test_ranks_on_gpus.py \
+        tests/training/test_short_runs_on_a_gpu.py tests/data tests/harvesting \
+        tests/steering tests/towers tests/test_sparse_codes.py
     # Steerability's attacks take seven minutes there, and are a command's among the tests.
     benches=(bench --benchmark-only --benchmark-disable-gc --benchmark-columns=min -k "smoke and not steerability")
 fi

@@ -21,6 +21,7 @@ WAYS = {
     "host": {"data_on": "host"},
     "eager": {"data_on": "device", "capture": False},
     "saved": {"data_on": "host", "checkpoint_every": 3},
+    "second": {"data_on": "host", "device": "cuda:1"},
 }
 
 
@@ -57,13 +58,16 @@ def test_runs_are_the_same_wherever_data_is_and_however_steps_are_taken(architec
     recipe = TrainConfig(steps=8, batch_size=32, lr=3e-3, dead_after=100)
     found = {}
     for name, way in WAYS.items():
+        if name == "second" and torch.cuda.device_count() < 2:
+            continue
         logged: list = []
-        options = RunOptions(device="cuda", output=tmp_path / name if name == "saved" else None, **way)
+        options = RunOptions(**({"device": "cuda", "output": tmp_path / name if name == "saved" else None} | way))
         sae, metrics = train(Activations.from_tensor(x_ND), config, recipe, options, on_log=partial(keep, logged))
         found[name] = sae.state_dict(), metrics
     for name, (state, metrics) in found.items():
         for key, tensor in state.items():
-            assert torch.equal(tensor, found["device"][0][key]), (name, key)
+            assert tensor.device == torch.device("cuda:1" if name == "second" else "cuda:0")
+            assert torch.equal(tensor.cpu(), found["device"][0][key].cpu()), (name, key)
         assert metrics == found["device"][1], name
     written = SparseAutoencoder.from_pretrained(tmp_path / "saved")
     for key, tensor in written.state_dict().items():
