@@ -20,8 +20,8 @@ from saevlm_fast.cli.terminal import Bars, say, tell
 from saevlm_fast.errors import Interrupted
 
 if TYPE_CHECKING:
+    from saevlm_fast.measures.evaluation import Evaluation
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
     from saevlm_fast.peers import Peers
 
