@@ -16,6 +16,7 @@ import torch
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.measures import kinds
 from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, controls_of_ranks
@@ -45,28 +46,18 @@ class Measuring:
 
     def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted, peers: Peers | None = None) -> None:
         self.inputs, self.parts, self.tell, self.counted, self.peers = inputs, parts, tell, counted, peers
-        self.left_out = inputs.left_out()
+        self.left_out = kinds.left_out(inputs)
         self._by_digest: dict[str, dict[str, Measured]] = {}  # of controls
 
     def key(self, subject: Subject, name: str) -> str:
         """Of a part: only what the measure reads."""
-        reads = {
-            "monosemanticity": ("embeddings",),
-            "labels": ("labels", "ids"),
-            "patches": ("masks", "ids"),
-            "probing": ("labels", "ids"),
-            "hierarchy": ("labels", "taxonomy"),
-            "kept": ("labels", "ids"),
-            "behaviour": ("behaviour",),
-            "visaebench": ("labels", "taxonomy", "embeddings", "ids"),
-        }
         common = ("activations", "pool") + (() if self.inputs.rows.image_of_row is None else ("ids",))
-        digests = {each: self.inputs.digests[each] for each in (*common, *reads.get(name, ()))}
+        digests = {each: self.inputs.digests[each] for each in (*common, *kinds.KINDS[name].reads)}
         return key_of(subject=subject.digest, name=subject.name, measure=name, **digests)
 
     def result(self, subject: Subject) -> tuple[Result, KeptCodes | None]:
         """All measures; and the codes, if they had to be made."""
-        names = self.inputs.names()
+        names = kinds.names(self.inputs)
         found = {name: self.read(subject.name, name, self.key(subject, name)) for name in names}
         twin = self._by_digest.get(subject.digest, {})  # raw dimensions of the same L0 are those of another group too
         for name in names:
@@ -99,7 +90,7 @@ class Measuring:
 
     def _made(self, name: str, subject: Subject, codes: KeptCodes, works: Works) -> Measured:
         self.tell(f"{subject.name}: {name}")
-        part = (works.get(name) or self.inputs.work(name, subject, codes))()
+        part = (works.get(name) or kinds.work(name, self.inputs, subject, codes))()
         self.write(subject.name, name, self.key(subject, name), part)
         return part
 
@@ -109,7 +100,7 @@ class Measuring:
         """Passes over images are shared; then every rank finishes some of the measures, each from all codes."""
         for name in names:
             self.tell(f"{subject.name}: {name}")
-            works |= {} if name in works else {name: self.inputs.work(name, subject, codes, peers)}
+            works |= {} if name in works else {name: kinds.work(name, self.inputs, subject, codes, peers)}
         made: dict[str, Measured] = {}
         for some in peers.collect({name: works[name]() for name in names[peers.rank :: peers.world]}):
             made |= some

@@ -15,7 +15,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect
-from saevlm_fast.measures import measure, parts
+from saevlm_fast.measures import kinds, measure, parts
 from saevlm_fast.measures.results import MEASURES
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
@@ -79,9 +79,8 @@ def test_everything_that_the_inputs_allow(whole):
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
     assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
     for name, each in subjects.items():
-        assert [*each["measures"]] == [
-            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
-        ]
+        left_out = ("patches", "behaviour", "visaebench")
+        assert [*each["measures"]] == [measure for measure in MEASURES if measure not in left_out]
         table = pq.read_table(output / found["files"][name]["latents"])
         assert len(table) == each["latents"]
         assert {"latent", "status", "n_active", "ms:emb.npy", "lca_depth", "purity_excess:labels"} <= {
@@ -219,22 +218,22 @@ def test_label_sets_of_a_file(there, tmp_path):
 def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
     output = tmp_path / "out"
     ran = []
-    original = measure.Inputs.work
+    original = kinds.work
 
-    def counting(self, name, subject, codes):
+    def counting(name, inputs, subject, codes):
         if len(ran) == 3:
             raise Interrupted("interrupted")
         ran.append((subject.name, name))
-        return original(self, name, subject, codes)
+        return original(name, inputs, subject, codes)
 
-    monkeypatch.setattr(measure.Inputs, "work", counting)
+    monkeypatch.setattr(kinds, "work", counting)
     told = run(*words(there, output, saes=2), code=130)
     settings = output / "settings.toml"
     assert f"interrupted; continue with: saevlm-fast evaluate --config {settings} --resume" in told.replace("\n", "")
     assert not (output / "evaluation.json").exists()
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()
-    monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
+    monkeypatch.setattr(kinds, "work", lambda *each: ran.append((each[2].name, each[0])) or original(*each))
     first = tomllib.loads(settings.read_text())["made"]
     again = ("evaluate", "--config", settings, "--resume")
     run(*again)  # as it was told
@@ -263,15 +262,15 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
 def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
     """Also where there was nothing to replace; what replaces goes on where it was, and the old stays until then."""
-    output, original = tmp_path / "out", measure.Inputs.work
+    output, original = tmp_path / "out", kinds.work
 
-    def interrupted(self, name, *more):
+    def interrupted(name, *more):
         if name == "geometry":
             raise Interrupted("interrupted")
-        return original(self, name, *more)
+        return original(name, *more)
 
     for place in (output, output / ".replacement"):
-        monkeypatch.setattr(measure.Inputs, "work", interrupted)
+        monkeypatch.setattr(kinds, "work", interrupted)
         told = run(*words(there, output, "--force", "--labels", "none"), code=130).replace("\n", "")
         again = f"saevlm-fast evaluate --config {place / 'settings.toml'} --resume"
         assert told.endswith(f"interrupted; continue with: {again}")
@@ -286,16 +285,16 @@ def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
 
 def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tmp_path, monkeypatch):
     """Also where it was moved, where it is to replace another, and where a kill has left no settings."""
-    output, original = tmp_path / "out", measure.Inputs.work
+    output, original = tmp_path / "out", kinds.work
 
-    def interrupted(self, name, *more):
+    def interrupted(name, *more):
         if name == "geometry":
             raise Interrupted("interrupted")
-        return original(self, name, *more)
+        return original(name, *more)
 
     def cut(*more):
         with monkeypatch.context() as patch:
-            patch.setattr(measure.Inputs, "work", interrupted)
+            patch.setattr(kinds, "work", interrupted)
             run(*words(there, output, *more), code=130)
 
     cut()
@@ -333,17 +332,17 @@ def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tm
 
 
 def test_a_killed_evaluation_has_its_settings_from_the_first_finished_part_on(there, tmp_path, monkeypatch):
-    output, original = tmp_path / "out", measure.Inputs.work
+    output, original = tmp_path / "out", kinds.work
 
     class Killed(BaseException):
         """Which nothing catches, as nothing hears a kill -9."""
 
-    def killed(self, name, *more):
+    def killed(*given):
         if list(output.rglob("parts/*/*.json")):
             raise Killed
-        return original(self, name, *more)
+        return original(*given)
 
-    monkeypatch.setattr(measure.Inputs, "work", killed)
+    monkeypatch.setattr(kinds, "work", killed)
     with pytest.raises(Killed):
         run(*words(there, output))
     assert not (output / "evaluation.json").exists()
