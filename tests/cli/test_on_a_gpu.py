@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from command import run
-from saevlm_fast import results
+from saevlm_fast.results import found as results
 from small_world import CALLS, build_world, words
 
 # demo: its dry run takes steps of its own sizes.
