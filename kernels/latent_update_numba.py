@@ -4,6 +4,9 @@ A latent's rows (weights and both moments) are read once and written once; its g
 first cache. docs/kernels.md section 4
 """
 
+# mypy: ignore-errors
+# Loops are in Numba's language, whose own compiler checks their types.
+
 import numpy as np
 from numpy.typing import NDArray
 

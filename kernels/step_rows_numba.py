@@ -2,6 +2,9 @@
 one gather of W_dec's rows. A loop of training/gradients.py on a CPU. docs/kernels.md section 4
 """
 
+# mypy: ignore-errors
+# Loops are in Numba's language, whose own compiler checks their types.
+
 import numpy as np
 from numpy.typing import NDArray
 

@@ -4,6 +4,9 @@ Python would be asked for its lock by every thread at every call, which a busy P
 an interrupt that reached a callback would be lost (measured, docs/decisions.md).
 """
 
+# mypy: ignore-errors
+# Loops are in Numba's language, whose own compiler checks their types.
+
 from typing import Any
 
 from llvmlite import ir

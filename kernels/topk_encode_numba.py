@@ -4,6 +4,9 @@ bfloat16 is held as the int16 of its bits, which order what is positive. Rows do
 positions are those in pre_RP, the low pre-activations. docs/kernels.md "CPU path with matrix units, screened"
 """
 
+# mypy: ignore-errors
+# Loops are in Numba's language, whose own compiler checks their types.
+
 from typing import Any
 
 import numpy as np

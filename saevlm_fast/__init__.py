@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
     from saevlm_fast.look.show import ShownLatent, show
-    from saevlm_fast.measures.measure import Evaluation, measure
+    from saevlm_fast.measures.evaluation import Evaluation
+    from saevlm_fast.measures.measure import measure
     from saevlm_fast.measures.taxonomy import Taxonomy
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
@@ -130,7 +131,8 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig",),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
-    "measures.measure": ("Evaluation", "measure"),
+    "measures.evaluation": ("Evaluation",),
+    "measures.measure": ("measure",),
     "measures.taxonomy": ("Taxonomy",),
     "look.show": ("ShownLatent", "show"),
     "sae": ("SparseAutoencoder",),

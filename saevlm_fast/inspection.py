@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saevlm_fast import results
 from saevlm_fast.data.matrix import SUFFIXES
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import (
@@ -37,6 +36,8 @@ from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.outputs import workplace
 from saevlm_fast.records import Fields, check_record, read_record, whole
+from saevlm_fast.results import found as results
+from saevlm_fast.results.made import SETTINGS_FILE, has_record, is_record
 from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder
 from saevlm_fast.training.checkpoints import (
     METRICS_FILE,
@@ -82,7 +83,7 @@ def inspect(path: str | Path) -> Description:
     if not path.is_dir():
         return _matrix_or_sae(path)
     children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    looked = {child: _sound_or_damaged(child) for child in children if child.is_dir() or results.has_record(child)}
+    looked = {child: _sound_or_damaged(child) for child in children if child.is_dir() or has_record(child)}
     described = [item for item in looked.values() if item is not None]
     if not described:
         nearly = registry.nearly(Source(path))
@@ -93,7 +94,7 @@ def inspect(path: str | Path) -> Description:
         "kind": "folder",
         "bytes": sum(item["bytes"] for item in described),
         "contents": described,
-        "others": sum(looked.get(child) is None and not results.is_record(child) for child in children),
+        "others": sum(looked.get(child) is None and not is_record(child) for child in children),
     } | _way_on_of_all(path, described)
 
 
@@ -243,7 +244,7 @@ def _run(path: Path) -> Description:
 
 def _resumed(path: Path, command: str = "train") -> str:
     """What goes on with a run or an evaluation, also where it was moved, or is a copy."""
-    settings = path / results.SETTINGS_FILE
+    settings = path / SETTINGS_FILE
     if not settings.is_file():
         return _WITHOUT_SETTINGS[command]
     here = path.parent if workplace(path.parent) == path else path
@@ -260,7 +261,7 @@ def _way_on_of_all(path: Path, contents: list[Description]) -> Description:
     """Of a folder whose runs one command began, unless one has diverged, which it would again."""
     runs = [item for item in contents if item["kind"] == "run"]
     cut = not all(item["complete"] for item in runs) and all(item["diverged_at"] is None for item in runs)
-    return {"way_on": _resumed(path)} if cut and (path / results.SETTINGS_FILE).is_file() else {}
+    return {"way_on": _resumed(path)} if cut and (path / SETTINGS_FILE).is_file() else {}
 
 
 def _matrix_or_sae(path: Path) -> Description:

@@ -340,7 +340,7 @@ class SparseAutoencoder(nn.Module):
         and stands in metadata["doubts"].
 
         Args:
-            path: a folder or a file; the format is told from it. Or hf:user/repo[@revision][/sae_id] or
+            path: a folder or a file; the format is told from it. Or `hf:user/repo[@revision][/sae_id]` or
                 saelens:release/sae_id (formats/hub.py), whose repository and commit are then in metadata["hub"].
             device: of the SAE.
             dtype: of the SAE; the file's if None.

@@ -38,8 +38,9 @@ settings.load_profile("any machine")
 LONGEST = (
     "tests/test_campaign.py", "tests/demo/test_demo.py", "tests/training/test_resumed_runs.py",
     "tests/test_what_a_notebook_gets_wrong.py", "tests/docs/test_examples.py", "tests/cli/test_evaluate.py",
-    "tests/training/test_gpu_step.py", "tests/look/test_in_a_browser.py", "tests/kernels/test_topk_encode_cuda.py",
-    "tests/kernels/test_topk_encode_cuda_compiles.py", "tests/training/test_run.py",
+    "tests/cli/test_evaluate_resumed.py", "tests/training/test_gpu_step.py", "tests/look/test_in_a_browser.py",
+    "tests/kernels/test_topk_encode_cuda.py", "tests/kernels/test_topk_encode_cuda_compiles.py",
+    "tests/training/test_run.py",
 )  # fmt: skip
 
 

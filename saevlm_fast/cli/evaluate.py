@@ -20,8 +20,8 @@ from saevlm_fast.cli.terminal import Bars, say, tell
 from saevlm_fast.errors import Interrupted
 
 if TYPE_CHECKING:
+    from saevlm_fast.measures.evaluation import Evaluation
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
     from saevlm_fast.peers import Peers
 
@@ -37,6 +37,7 @@ def plan(options: EvaluateArguments) -> Plan:
     """
     import time
 
+    from saevlm_fast.measures import kinds
     from saevlm_fast.sae import SparseAutoencoder, inferred
 
     check_output(options)
@@ -56,7 +57,7 @@ def plan(options: EvaluateArguments) -> Plan:
     widest = max((each.d for each in inputs.embeddings.values()), default=0)
     sums = 16 * max(each.n_latents for each in subjects) * widest  # of the score, of both halves of the images
     device = saes[subjects[0].name].b_dec.device
-    left_out = [f"{name} ({why})" for name, why in inputs.left_out().items()]
+    left_out = [f"{name} ({why})" for name, why in kinds.left_out(inputs).items()]
     return Plan(
         f"evaluation of {len(subjects)} SAEs and {len(options.controls)} kinds of control",
         {
@@ -77,7 +78,9 @@ def plan(options: EvaluateArguments) -> Plan:
 
 def _not_timed(options: EvaluateArguments, inputs: "Inputs") -> list[str]:
     """Work that comes beside encoding."""
-    measures = ", ".join(name for name in inputs.names() if name != "reconstruction")  # which encoding gives
+    from saevlm_fast.measures import kinds
+
+    measures = ", ".join(name for name in kinds.names(inputs) if name != "reconstruction")  # which encoding gives
     found = [f"{measures} of every SAE and control"]
     found += [f"the making of controls: {', '.join(options.controls)}"] if options.controls else []
     return found + (["the first SAE compared with each of the others"] if options.compare else [])

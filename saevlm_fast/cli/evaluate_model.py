@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.measures.behaviour import Behaviour
-    from saevlm_fast.measures.measure import Evaluation
+    from saevlm_fast.measures.evaluation import Evaluation
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.towers.text import TextEncoder
     from saevlm_fast.towers.tower import HookPoint

@@ -12,8 +12,8 @@ from saevlm_fast.errors import require
 from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
+    from saevlm_fast.measures.evaluation import Evaluation
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.measure import Evaluation
 
 EVALUATION, LATENTS, PAIRS, PICTURE = "evaluation.json", "latents", "pairs", "evaluation.png"
 _OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)

@@ -8,8 +8,8 @@ from saevlm_fast.cli.evaluate_model import print_behaviour
 from saevlm_fast.cli.terminal import print_table, print_wide_table, say
 
 if TYPE_CHECKING:
+    from saevlm_fast.measures.evaluation import Evaluation
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
 
 _MARK = "  NO"  # after a measure that does not separate

@@ -73,7 +73,7 @@ def _section(title: str, text: str, cls: Any, settings: list[tuple[str, Setting]
 
 def _setting(cls: Any, name: str, known: Setting) -> str:
     option = f"`{flag_of(name, known)}`" if known.on_command_line else f"`{key_of(name, known)}` (in a file only)"
-    meaning = known.help
+    meaning = known.help.replace("][", r"]\[")  # which Markdown would take for a reference
     if choices := choices_of(cls, name):
         meaning += f" One of {', '.join(choices)}."
     if known.limits:

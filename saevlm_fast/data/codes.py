@@ -19,18 +19,9 @@ from torch.nn.functional import pad
 from saevlm_fast.data.matrix import SUFFIXES
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.remote_store import RemoteStore, open_remote_store
-from saevlm_fast.data.rows import (
-    Activations,
-    Matrix,
-    StoredRows,
-    activations_of,
-    bounds_of,
-    check_chunk,
-    check_usable,
-    open_index,
-    split_key,
-)
-from saevlm_fast.data.store import CODES, StoreIndex, map_shard, read_index
+from saevlm_fast.data.row_numbers import bounds_of, check_chunk
+from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of, split_key
+from saevlm_fast.data.store import CODES, StoreIndex, check_usable, map_shard, open_index, read_index
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.settings import path_of

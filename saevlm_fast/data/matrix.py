@@ -26,7 +26,6 @@ from saevlm_fast.records import TEXT, Each, Fields, check_record, parse_json, wh
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ACCEPTED = "float16, bfloat16, float32 or float64"
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-SUFFIXES = (".npy", ".safetensors", ".pt")
 _TENSOR = Fields({"dtype": TEXT, "shape": Each(whole()), "data_offsets": Each(whole())})
 NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4", torch.float64: "<f8"}
 
@@ -65,12 +64,10 @@ def map_matrix(path: Path, key: str = "") -> Tensor:
         raise ActivationError(f"{path}: no such file or directory")
     if path.stat().st_size == 0:
         raise ActivationError(f"{path}: the file is empty")
-    mappers: dict[str, Callable[[Path, str], Tensor]] = dict(zip(SUFFIXES, (_map_npy, _map_safetensors, _map_pt)))
-    if path.suffix not in mappers:
-        raise ActivationError(
-            f"{path}: unknown suffix {path.suffix!r}; a matrix file is one of {', '.join(mappers)}, a store a directory"
-        )
-    return mappers[path.suffix](path, key)
+    if path.suffix not in SUFFIXES:
+        known = f"a matrix file is one of {', '.join(SUFFIXES)}, a store a directory"
+        raise ActivationError(f"{path}: unknown suffix {path.suffix!r}; {known}")
+    return _MAPPERS[path.suffix](path, key)
 
 
 def host_matrix(x: Tensor | np.ndarray, name: str = "x") -> Tensor:
@@ -166,6 +163,14 @@ def _map_pt(path: Path, key: str) -> Tensor:
     except (RuntimeError, ValueError, TypeError) as error:
         raise ActivationError(f"{path}: damaged archive: {first_line(error)}") from error
     return _checked_matrix(matrix_ND, path)
+
+
+_MAPPERS: dict[str, Callable[[Path, str], Tensor]] = {
+    ".npy": _map_npy,
+    ".safetensors": _map_safetensors,
+    ".pt": _map_pt,
+}
+SUFFIXES = tuple(_MAPPERS)
 
 
 def _choose(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> str:

@@ -21,17 +21,17 @@ from saevlm_fast.data.digests import CheckedFiles, matrix_digest, remembered
 from saevlm_fast.data.matrix import SUFFIXES, check_finite, host_matrix, map_matrix, read_randomly, will_need
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.remote_store import AHEAD, RemoteStore, RemoteTensors, open_remote_store
+from saevlm_fast.data.row_numbers import bounds_of, check_chunk, checked_rows, whole_numbers
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
     Shard,
-    StoreIndex,
-    check_format,
+    check_usable,
     map_shard,
-    read_index,
+    open_index,
     read_items,
 )
-from saevlm_fast.errors import ActivationError, check_kind, require, shown, whole_number
+from saevlm_fast.errors import ActivationError, check_kind, require
 from saevlm_fast.files import sha256_file
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import path_of
@@ -98,7 +98,7 @@ class StoredRows:
         check_kind("schema", schema, pa.Schema, "a pyarrow schema: ITEM_SCHEMA or TOKEN_SCHEMA")
         if rows is None:
             return pa.concat_tables(self.iter_items(schema))
-        indices, places = _checked_rows(whole_numbers("rows", rows), self.n_rows, self.path).sort()
+        indices, places = checked_rows(whole_numbers("rows", rows), self.n_rows, self.path).sort()
         bounds = np.searchsorted(indices.numpy(), self._starts)
         tables = [schema.empty_table()]
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
@@ -275,7 +275,7 @@ class Activations(StoredRows):
                 infinity, naming the row.
         """
         check_kind("indices", indices, Tensor, "a tensor int64 [B]")
-        indices = _checked_rows(indices, self.n_rows, self.path)
+        indices = checked_rows(indices, self.n_rows, self.path)
         out_BD = torch.empty(len(indices), self.d, dtype=torch.float32, device="cpu") if out is None else out
         known = out_BD.dtype in (torch.float32, self.kept_dtype)
         fits = out_BD.shape == (len(indices), self.d) and known and out_BD.is_contiguous()
@@ -413,25 +413,6 @@ def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
     return Path("::".join(parts[:n])), "::".join(parts[n:])
 
 
-def open_index(path: Path, format: str) -> StoreIndex:
-    """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
-    index = read_index(path)
-    check_usable(path, index, format)
-    return index
-
-
-def check_usable(path: Path, index: StoreIndex, format: str) -> None:
-    """ActivationError: a store that cannot be read: see open_index."""
-    check_format(path, index, format)
-    require(
-        index.complete,
-        f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards are "
-        "there; resume it first",
-        ActivationError,
-    )
-    require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
-
-
 def _share_memory(x_ND: Tensor, y_MD: Tensor) -> bool:
     """Whether a number is in both; False where that is hard to say."""
     x, y = (each.view(torch.uint8).numpy() if each.stride(1) == 1 else None for each in (x_ND, y_MD))
@@ -439,41 +420,3 @@ def _share_memory(x_ND: Tensor, y_MD: Tensor) -> bool:
         return x is not None and y is not None and np.shares_memory(x, y, max_work=1000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return False
-
-
-def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
-    """int64 [L]. A mask is refused: its True and False would be taken for 1 and 0. ValueError: no such numbers."""
-    try:
-        numbers_L = torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name}: {shown(values)} must be a list of whole numbers") from None
-    if not numbers_L.numel() and numbers_L.ndim == 1:
-        return numbers_L.new_empty(0, dtype=torch.int64)  # torch makes float32 of []
-    whole = numbers_L.ndim == 1 and numbers_L.dtype != torch.bool
-    whole = whole and not numbers_L.is_floating_point() and not numbers_L.is_complex()
-    require(whole, f"{name}: {numbers_L.dtype} {list(numbers_L.shape)}, must be a list of whole numbers")
-    return numbers_L.long()
-
-
-def check_chunk(n: int) -> None:
-    whole_number("batch_rows", n)  # the name that callers give it
-
-
-def bounds_of(rows: range | None, n_rows: int) -> tuple[int, int]:
-    """The first of these rows and the one behind the last; of all if None. ValueError: some are not there."""
-    if rows is None:
-        return 0, n_rows
-    require(isinstance(rows, range) and rows.step == 1, f"rows: {shown(rows)} is not a range of rows in order")
-    require(rows.start >= 0 and rows.stop <= n_rows, f"rows: {rows} is beyond the {n_rows} rows that there are")
-    return rows.start, rows.stop
-
-
-def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
-    require(
-        indices.dtype == torch.int64 and indices.ndim == 1,
-        f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed",
-    )
-    low, high = (int(bound) for bound in indices.aminmax()) if len(indices) else (0, 0)
-    row, there = (low if low < 0 else high), low >= 0 and high < n_rows
-    require(there, f"{path}: row {row} asked for; there are rows 0 to {n_rows - 1}")
-    return indices

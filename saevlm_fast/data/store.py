@@ -213,6 +213,25 @@ def check_format(path: str | os.PathLike[str], index: StoreIndex, format: str) -
     require(index.format == format, f"{path}: a store of {held}; needed is one of {needed}", ActivationError)
 
 
+def open_index(path: Path, format: str) -> StoreIndex:
+    """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
+    index = read_index(path)
+    check_usable(path, index, format)
+    return index
+
+
+def check_usable(path: Path, index: StoreIndex, format: str) -> None:
+    """ActivationError: a store that cannot be read: see open_index."""
+    check_format(path, index, format)
+    require(
+        index.complete,
+        f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards are "
+        "there; resume it first",
+        ActivationError,
+    )
+    require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
+
+
 def joined_index(path: str | os.PathLike[str]) -> StoreIndex:
     """The index together with what ranks have written and nobody has merged yet. Nothing on the disk changes."""
     index = read_index(path)

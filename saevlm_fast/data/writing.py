@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -21,12 +20,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.item_tables import Items, item_table
 from saevlm_fast.data.label_sets import Marks
 from saevlm_fast.data.matrix import check_finite, dtype_names, host_matrix
 from saevlm_fast.data.store import (
     ACTIVATIONS,
-    ITEM_SCHEMA,
-    TOKEN_SCHEMA,
     WIDTH_NAMES,
     Shard,
     StoreIndex,
@@ -44,9 +42,7 @@ from saevlm_fast.errors import (
     check_dense,
     check_kind,
     doubt,
-    first_line,
     require,
-    shown,
     users_line,
     while_writing,
     whole_number,
@@ -56,7 +52,6 @@ from saevlm_fast.outputs import output_lock
 from saevlm_fast.settings import path_of
 from saevlm_fast.torchrun import world_size
 
-Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
 _INDEX = "index.json"
 ITEM_COMPRESSION = "zstd"
@@ -175,14 +170,13 @@ class StoreWriter(ABC):
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         with self._refusing():
             n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
-            table = _item_table(items, n_rows)
+            table = item_table(items, n_rows)
         self._in_the_way = False  # a write that fails says how it goes on
         kept = f"the {self.n_rows:,} rows of shards before it are whole, and resume (--resume) goes on after them"
         with while_writing(f"shard {number} of a store", kept), self._alone():
+            # Opened here: a path with a colon pyarrow would take for a URI.
             with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
-                pq.write_table(
-                    table, opened, compression=ITEM_COMPRESSION
-                )  # a path with a colon it would take for a URI
+                pq.write_table(table, opened, compression=ITEM_COMPRESSION)
             save_safetensors_atomic(file, tensors)
             record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
             shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
@@ -322,7 +316,7 @@ class ActivationWriter(StoreWriter):
         self._check_open()
         with self._refusing():
             batch_BD = self._checked(batch_BD)
-            table = _item_table(items, len(batch_BD))
+            table = item_table(items, len(batch_BD))
         self._met_rows()
         buffer_ND = self._buffer_ND
         if buffer_ND is None:
@@ -434,38 +428,3 @@ def clear_store(path: str | Path) -> None:
         if _OURS.fullmatch(file.name):
             file.unlink()
     remove_leftovers(path)
-
-
-def _texts(column: Any) -> Any:
-    """Names and labels: a whole number is its digits, as a label is in LabelSet.of."""
-    if isinstance(column, pa.Array | pa.ChunkedArray):
-        return column.cast(pa.string()) if pa.types.is_integer(column.type) else column
-    column = [each.item() if getattr(each, "ndim", None) == 0 else each for each in column]
-    whole = [isinstance(each, Integral) and not isinstance(each, bool) for each in column]
-    return [str(each) if number else each for each, number in zip(column, whole)] if any(whole) else column
-
-
-def _item_table(items: Items, n_rows: int) -> pa.Table:
-    table: Any = items if isinstance(items, pa.Table) else None
-    columns = dict(items) if table is None else dict(zip(table.column_names, table.columns))
-    schema = TOKEN_SCHEMA if "modality" in columns else ITEM_SCHEMA
-    known = {"image", "token"} <= set(columns) <= set(schema.names)
-    require(known, f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
-    for name in TOKEN_SCHEMA.names[len(ITEM_SCHEMA) :] if schema is TOKEN_SCHEMA else ():
-        columns.setdefault(name, [None] * n_rows)
-    columns.setdefault("label", [None] * n_rows)
-    columns = {name: c.tolist() if isinstance(c, Tensor | np.ndarray) else c for name, c in columns.items()}
-    columns |= {name: _texts(columns[name]) for name in ("image", "label")}
-    lengths = {name: len(column) for name, column in columns.items()}
-    same = set(lengths.values()) == {n_rows}
-    require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
-    token: Any = columns["token"]
-    tokens = token.to_pylist() if isinstance(token, pa.Array | pa.ChunkedArray) else token
-    parts = [each for each in tokens if isinstance(each, float | np.floating) and each % 1 != 0]
-    require(not parts, f"items do not fit: token {shown(parts[0] if parts else None)} is no whole number")
-    try:
-        return pa.table(columns, schema=schema)
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
-        raise ValueError(
-            f"items do not fit image (string), token (int32), label (string): {first_line(error)}"
-        ) from error

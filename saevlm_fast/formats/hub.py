@@ -75,7 +75,7 @@ def resolve(
     local_files_only: bool = False,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> LocalSAE:
-    """The local files that a path, hf:user/repo[@revision][/sae_id] or saelens:release/sae_id names.
+    """The local files that a path, `hf:user/repo[@revision][/sae_id]` or saelens:release/sae_id names.
 
     Args:
         spec: a plain path is returned as it is, whether anything is there or not.

@@ -1,7 +1,7 @@
 """What an SAE is called: a path, a place on the Hub, or an entry of SAELens' list of releases.
 
-hf:user/repo[@revision][/sae_id]     revision: branch, tag or commit; sae_id: folder or file in the repository
-saelens:release/sae_id               looked up in the list of an installed sae-lens, which names an hf: of these
+`hf:user/repo[@revision][/sae_id]`   revision: branch, tag or commit; sae_id: folder or file in the repository
+`saelens:release/sae_id`             looked up in the list of an installed sae-lens, which names an hf: of these
 """
 
 import os
@@ -23,7 +23,7 @@ _SPEC = re.compile(
 
 
 class HubSpec(NamedTuple):
-    """What hf:user/repo[@revision][/sae_id] names; None is what was left open."""
+    """What `hf:user/repo[@revision][/sae_id]` names; None is what was left open."""
 
     repo: str
     revision: str | None
@@ -40,7 +40,7 @@ def is_remote(spec: str | os.PathLike[str]) -> bool:
 
 
 def parse_spec(spec: str) -> HubSpec:
-    """The parts of hf:user/repo[@revision][/sae_id]; %2F in a revision is a slash.
+    """The parts of `hf:user/repo[@revision][/sae_id]`; %2F in a revision is a slash.
 
     Raises:
         ValueError: it is none, or its place is outside of the repository.

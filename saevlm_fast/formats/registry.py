@@ -12,9 +12,22 @@ from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
-from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
+from saevlm_fast.formats import (
+    dictionary_learning,
+    gemma_scope,
+    llamascopium,
+    openai,
+    overcomplete,
+    plain_file,
+    prisma,
+    releases,
+    sae_lens,
+    saev,
+    sparsify,
+    visaebench,
+)
+from saevlm_fast.formats import vision_releases as vision
 from saevlm_fast.formats.header import Header
-from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
 
@@ -40,7 +53,22 @@ FORMATS: tuple[Format, ...] = (
     Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
     Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
     Format(saev.NAME, saev.detect, saev.read, saev.FILES),
-    *(Format(*each) for each in OTHERS),
+    # By names of files and settings.
+    Format("llamascopium", llamascopium.detect, llamascopium.read, llamascopium.FILES),
+    Format("lm_saes", llamascopium.detect_old, llamascopium.read_old, llamascopium.OLD_FILES),
+    Format("prisma", prisma.detect, prisma.read, prisma.FILES),
+    Format("gemma_scope", gemma_scope.detect, gemma_scope.read, gemma_scope.FILES),
+    Format("visaebench", visaebench.detect, visaebench.read, visaebench.FILES),
+    Format("clip_topk_sae", vision.detect_clip_topk, vision.read_clip_topk, vision.CLIP_TOPK_FILES),
+    Format("qwen_scope", releases.detect_qwen, releases.read_qwen, releases.QWEN_FILES),
+    # By names of tensors in one file.
+    Format("openai", openai.detect, openai.read, openai.FILES),
+    Format("overcomplete", overcomplete.detect, overcomplete.read, overcomplete.FILES),
+    Format("msae", vision.detect_msae, vision.read_msae, vision.MSAE_FILES),
+    Format("clip_scope", vision.detect_clip_scope, vision.read_clip_scope, vision.CLIP_SCOPE_FILES),
+    Format("batch_topk_reference", vision.detect_reference, vision.read_reference, vision.REFERENCE_FILES),
+    Format("goodfire", releases.detect_goodfire, releases.read_goodfire, releases.GOODFIRE_FILES),
+    Format("deepseek", releases.detect_deepseek, releases.read_deepseek, releases.DEEPSEEK_FILES),
 )
 
 

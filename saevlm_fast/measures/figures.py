@@ -8,7 +8,7 @@ import numpy as np
 from saevlm_fast.files import atomic_write
 
 if TYPE_CHECKING:
-    from saevlm_fast.measures.measure import Evaluation
+    from saevlm_fast.measures.evaluation import Evaluation
 
 _MOST_ROWS = 12
 

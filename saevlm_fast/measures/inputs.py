@@ -1,10 +1,9 @@
-"""What SAEs are measured on, and what these inputs allow."""
+"""What SAEs are measured on."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -12,20 +11,8 @@ from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.measures.behaviour import Behaviour
-from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.geometry import geometry
-from saevlm_fast.measures.hierarchy import hierarchy
-from saevlm_fast.measures.labels import labels_of_latents
-from saevlm_fast.measures.monosemanticity import monosemanticity
-from saevlm_fast.measures.patches import codes_of_rows, labels_of_patches
-from saevlm_fast.measures.probes import representation_kept
-from saevlm_fast.measures.probing import sparse_probing
-from saevlm_fast.measures.results import MEASURES, Measured
-from saevlm_fast.measures.subjects import ImageRows, Subject
+from saevlm_fast.measures.subjects import ImageRows
 from saevlm_fast.measures.taxonomy import Taxonomy
-from saevlm_fast.measures.uniqueness import uniqueness
-from saevlm_fast.measures.visaebench import visaebench_numbers
-from saevlm_fast.peers import Peers
 from saevlm_fast.scoring.source import Pool
 
 
@@ -117,37 +104,15 @@ class Inputs:
         for each in self.label_sets:
             require(each.n_images == n, f"labels: {each.name} has {each.n_images} images, not {n}")
 
-    def left_out(self) -> dict[str, str]:
-        """Measures that these inputs do not allow, and why."""
-        needs = {
-            "monosemanticity": (bool(self.embeddings), "no embeddings were given"),
-            "hierarchy": (bool(self.label_sets) and self.taxonomy is not None, "it needs labels and a taxonomy"),
-            "labels": (bool(self.label_sets), "there are no labels"),
-            "patches": (self.patch_labels is not None, "no masks were given"),
-            "probing": (bool(self.label_sets), "there are no labels"),
-            "behaviour": (self.behaviour is not None, "no model and images were given"),
-        }
-        found = {name: why for name, (given, why) in needs.items() if not given}
-        if self.label_sets and all(each.counts_L.max() < 2 for each in self.label_sets):  # captions, say
-            found |= dict.fromkeys(("hierarchy", "labels", "probing"), "no label is on two images")
-        if "hierarchy" not in found and self._of_taxonomy() is None:
-            found["hierarchy"] = "no label set has one label an image that the taxonomy knows"
-        return found
-
-    def _of_taxonomy(self) -> LabelSet | None:
+    def of_taxonomy(self) -> LabelSet | None:
         """The first label set that it is about."""
         known = set() if self.taxonomy is None else set(self.taxonomy.paths)
         fits = (each for each in self.label_sets if known & set(each.names) and np.diff(each.offsets_N1).max() <= 1)
         return next(fits, None)
 
-    def names(self) -> list[str]:
-        """The measures that are made."""
-        left_out = self.left_out()
-        return [name for name in MEASURES if name not in left_out and (name != "visaebench" or self.compat)]
-
     def beside_the_taxonomy(self) -> str | None:
         """Which labels it lacks, in words; None if it has all of the set that it is about, or there is no such set."""
-        labels = self._of_taxonomy()
+        labels = self.of_taxonomy()
         if labels is None or self.taxonomy is None:
             return None
         lacking = [each for each in labels.names if each not in self.taxonomy.paths]
@@ -158,57 +123,6 @@ class Inputs:
             f"{lacking[0]!r}: depths are of the other images"
         )
 
-    def work(self, name: str, subject: Subject, codes: KeptCodes, peers: Peers | None = None) -> Callable[[], Measured]:
-        """One measure of one subject, but for reconstruction, which comes of the pass.
-
-        What is a sum over images or rows is made now, shared by all ranks of peers; the rest is made by who calls what
-        is returned, of all codes, without the others.
-        """
-        if name == "monosemanticity":
-            n = self.batch_rows
-            scored = {key: monosemanticity(codes, each, key, n, peers) for key, each in self.embeddings.items()}
-            return lambda: _joined(scored)
-        if name == "patches":
-            rows = codes_of_rows(subject.model, self.activations, self.batch_rows, peers)
-            return lambda: self._patches(rows)
-        if name == "kept":
-            more: dict[str, Any] = {"batch_rows": self.batch_rows, "peers": peers}
-            return representation_kept(
-                subject.model, self.activations, self.rows, codes, self.label_sets, self.half_N, **more
-            )
-        if name == "behaviour":
-            assert self.behaviour is not None
-            measured = self.behaviour.measure(subject.model, peers=peers)
-            return lambda: measured
-        return lambda: self._of_codes(name, subject, codes)
-
-    def _patches(self, rows: KeptCodes) -> Measured:
-        assert self.patch_labels is not None
-        assert self.rows.image_of_row is not None  # a store of all patches
-        return labels_of_patches(rows, self.patch_labels, self.rows.image_of_row, self.half_N)
-
-    def _of_codes(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
-        sets = self.label_sets
-        makers: dict[str, Callable[[], Measured]] = {
-            "uniqueness": lambda: uniqueness(codes),
-            "geometry": lambda: geometry(codes, subject.model.W_dec, subject.model.W_enc),
-            "hierarchy": lambda: self._hierarchy(subject, codes),
-            "labels": lambda: _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in sets}),
-            "probing": lambda: _joined(
-                {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in sets}
-            ),
-            "visaebench": lambda: visaebench_numbers(
-                subject.model, self.activations, self.rows, sets, self.embeddings, self.taxonomy
-            ),
-        }
-        return makers[name]()
-
-    def _hierarchy(self, subject: Subject, codes: KeptCodes) -> Measured:
-        labels = self._of_taxonomy()
-        assert labels is not None  # left_out has seen to it
-        assert self.taxonomy is not None
-        return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
-
 
 def _digest(label_sets: tuple[LabelSet, ...]) -> str:
     digest = hashlib.sha256()
@@ -217,11 +131,3 @@ def _digest(label_sets: tuple[LabelSet, ...]) -> str:
         for array in (each.labels_M, each.offsets_N1, each.known_N):
             digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _joined(parts: Mapping[str, Measured]) -> Measured:
-    """Of several label sets or embeddings, figures below their names."""
-    columns: dict[str, np.ndarray] = {}
-    for each in parts.values():
-        columns |= each.latents
-    return Measured({name: each.figures for name, each in parts.items()}, columns)

@@ -5,10 +5,8 @@ Each SAE is encoded once; its codes are kept sparse and given to all measures. A
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,15 +16,17 @@ import torch
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.measures import kinds
 from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, controls_of_ranks
+from saevlm_fast.measures.evaluation import Evaluation, Result
 from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of, groups_of, training_of
 from saevlm_fast.measures.inputs import Inputs
 from saevlm_fast.measures.parts import COMPARED, Parts, file_name, key_of
-from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
-from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
+from saevlm_fast.measures.results import Figures, Measured
+from saevlm_fast.measures.separation import headlines
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.peers import Peers
@@ -41,129 +41,23 @@ Counted = Callable[[str, int, int], None]
 Works = dict[str, Callable[[], Measured]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """All measures of one subject.
-
-    Attributes:
-        subject: what was measured. figures: measure -> figures. latents: columns [S]. pairs: columns.
-    """
-
-    subject: Subject
-    figures: Figures
-    latents: dict[str, np.ndarray]
-    pairs: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `measure` gives.
-
-    Attributes:
-        results: of the SAEs, then of the controls. left_out: measure -> why. compared: of pairs of SAEs.
-        headlines: rows of the table.
-    """
-
-    results: list[Result]
-    left_out: dict[str, str]
-    compared: list[Figures]
-    headlines: list[Headline]
-
-    def table(self) -> list[Figures]:
-        """One row a headline: values and intervals by subject, and a verdict against each control of each group."""
-        rows = []
-        for headline in self.headlines:
-            values = {each.subject.name: figure_at(each.figures, headline.path) for each in self.results}
-            against = list(self._against(headline, values))
-            if any(np.isfinite(value) for value in values.values()):
-                row: Figures = {"measure": headline.name, "better": headline.better, "values": values}
-                ends = {each.subject.name: interval_at(each.figures, headline.path) for each in self.results}
-                row["intervals"] = {name: list(each) for name, each in ends.items() if each is not None}
-                rows.append(row | {"against": against})
-        return rows
-
-    def _against(self, headline: Headline, values: Mapping[str, float]) -> Iterator[Figures]:
-        for group in dict.fromkeys(each.subject.group for each in self.results):
-            members = [each for each in self.results if each.subject.group == group]
-            saes = [each for each in members if each.subject.kind == "sae"]
-            for control in dict.fromkeys(each.subject.control for each in members if each.subject.control):
-                controls = [each for each in members if each.subject.control == control]
-                mine, theirs = ([values[each.subject.name] for each in side] for side in (saes, controls))
-                matched = _matched(headline, saes, controls)
-                judged = separation(mine, theirs, headline.better, matched)
-                yield {"group": group, "control": control, **judged, **({"matched": matched} if matched else {})}
-
-    def as_json(self) -> Figures:
-        """evaluation.json; docs/how-to/evaluate.md has its schema."""
-        subjects = []
-        for each in self.results:
-            subject = each.subject
-            known: Figures = {
-                "name": subject.name,
-                "kind": subject.kind,
-                "control": subject.control,
-                "group": subject.group,
-            }
-            known |= {"seed": subject.seed, "latents": subject.n_latents, "k": subject.k}
-            known |= {"group_sizes": list(subject.group_sizes), "record": subject.record or {}}
-            subjects.append(known | {"measures": each.figures})
-        left_out = [{"measure": name, "why": why} for name, why in self.left_out.items()]
-        return plain(
-            {
-                "format": "saevlm-fast evaluation",
-                "version": VERSION,
-                "subjects": subjects,
-                "table": self.table(),
-                "compared": self.compared,
-                "left_out": left_out,
-            }
-        )
-
-
-def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Result]) -> Figures | None:
-    """SAEs and controls at matched firing counts, each with the control of its place: means; None without a column."""
-    column, found = headline.column, []
-    for sae, control in zip(saes, cycle(controls)):
-        if column in sae.latents and column in control.latents:
-            mine, theirs = (each.latents for each in (sae, control))
-            found.append(matched_mean(theirs[column], theirs["n_active"], mine[column], mine["n_active"]))
-    if not found:
-        return None
-    covered = [each for each in found if each[2] > 0]
-    means = [float(np.mean([each[i] for each in covered])) if covered else math.nan for i in (0, 1)]
-    return {"control": means[0], "sae": means[1], "covered": float(np.mean([each[2] for each in found]))}
-
-
-# The work -------------------------------------------------------------------------------------------------------------
-
-
 class Measuring:
     """Measures subjects one after the other, from parts where they are finished."""
 
     def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted, peers: Peers | None = None) -> None:
         self.inputs, self.parts, self.tell, self.counted, self.peers = inputs, parts, tell, counted, peers
-        self.left_out = inputs.left_out()
+        self.left_out = kinds.left_out(inputs)
         self._by_digest: dict[str, dict[str, Measured]] = {}  # of controls
 
     def key(self, subject: Subject, name: str) -> str:
         """Of a part: only what the measure reads."""
-        reads = {
-            "monosemanticity": ("embeddings",),
-            "labels": ("labels", "ids"),
-            "patches": ("masks", "ids"),
-            "probing": ("labels", "ids"),
-            "hierarchy": ("labels", "taxonomy"),
-            "kept": ("labels", "ids"),
-            "behaviour": ("behaviour",),
-            "visaebench": ("labels", "taxonomy", "embeddings", "ids"),
-        }
         common = ("activations", "pool") + (() if self.inputs.rows.image_of_row is None else ("ids",))
-        digests = {each: self.inputs.digests[each] for each in (*common, *reads.get(name, ()))}
+        digests = {each: self.inputs.digests[each] for each in (*common, *kinds.KINDS[name].reads)}
         return key_of(subject=subject.digest, name=subject.name, measure=name, **digests)
 
     def result(self, subject: Subject) -> tuple[Result, KeptCodes | None]:
         """All measures; and the codes, if they had to be made."""
-        names = self.inputs.names()
+        names = kinds.names(self.inputs)
         found = {name: self.read(subject.name, name, self.key(subject, name)) for name in names}
         twin = self._by_digest.get(subject.digest, {})  # raw dimensions of the same L0 are those of another group too
         for name in names:
@@ -196,7 +90,7 @@ class Measuring:
 
     def _made(self, name: str, subject: Subject, codes: KeptCodes, works: Works) -> Measured:
         self.tell(f"{subject.name}: {name}")
-        part = (works.get(name) or self.inputs.work(name, subject, codes))()
+        part = (works.get(name) or kinds.work(name, self.inputs, subject, codes))()
         self.write(subject.name, name, self.key(subject, name), part)
         return part
 
@@ -206,7 +100,7 @@ class Measuring:
         """Passes over images are shared; then every rank finishes some of the measures, each from all codes."""
         for name in names:
             self.tell(f"{subject.name}: {name}")
-            works |= {} if name in works else {name: self.inputs.work(name, subject, codes, peers)}
+            works |= {} if name in works else {name: kinds.work(name, self.inputs, subject, codes, peers)}
         made: dict[str, Measured] = {}
         for some in peers.collect({name: works[name]() for name in names[peers.rank :: peers.world]}):
             made |= some

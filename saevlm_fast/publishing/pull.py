@@ -39,7 +39,7 @@ def pull(
     """Downloads an SAE of any format that is read, checks it, and writes it as an SAE directory, whole or not at all.
 
     Args:
-        spec: hf:user/repo[@revision][/sae_id], or saelens:release/sae_id.
+        spec: `hf:user/repo[@revision][/sae_id]`, or saelens:release/sae_id.
         output: the directory. force: replaces an SAE directory that is there, and nothing else.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import Rows, as_rows
 from saevlm_fast.data.pairing import check_images_once, checked_ids
-from saevlm_fast.data.rows import whole_numbers
+from saevlm_fast.data.row_numbers import whole_numbers
 from saevlm_fast.errors import require, whole_number
 from saevlm_fast.runtime import own_defaults
 from saevlm_fast.sae import SparseAutoencoder

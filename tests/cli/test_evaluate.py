@@ -2,61 +2,24 @@
 
 import csv
 import json
-import shlex
-import tomllib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluations import CLASSES, PATHS, D, N, make_inputs, words
 
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.errors import Interrupted
-from saevlm_fast.inspection import inspect
-from saevlm_fast.measures import measure, parts
 from saevlm_fast.measures.results import MEASURES
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import save_photos
 
-N, D = 240, 8
-PATHS = {"cat": ["animal", "mammal", "cat"], "dog": ["animal", "mammal", "dog"], "oak": ["plant", "oak"]}
-CLASSES = sorted(PATHS)
-
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """A store of labelled images, embeddings, three SAEs of one shape, labels and a taxonomy in files."""
-    root = tmp_path_factory.mktemp("evaluate")
-    generator = torch.Generator().manual_seed(0)
-    kind_N = torch.arange(N) % 3
-    centers = 3 * torch.randn(3, D, generator=generator)
-    x_ND = centers[kind_N] + torch.randn(N, D, generator=generator)
-    ids = [f"{CLASSES[kind]}/{i}.jpg" for i, kind in enumerate(kind_N)]
-    items = {"image": ids, "token": [0] * N, "label": [CLASSES[kind] for kind in kind_N]}
-    with ActivationWriter(root / "store", D, torch.float32, {"layer": 3, "point": "residual"}, 100) as writer:
-        writer.append(x_ND, items)
-    np.save(root / "emb.npy", (centers[kind_N] + 2 * torch.randn(N, D, generator=generator)).numpy())
-    for seed in range(3):
-        sae = SparseAutoencoder(SAEConfig(D, 16, 2, "matryoshka", (4, 12), {"seed": seed}))
-        sae.reset_parameters(seed)
-        with torch.no_grad():
-            rows = centers / centers.norm(dim=1, keepdim=True)
-            sae.W_dec[:3] = rows + 0.01 * seed
-            sae.W_enc[:, :3] = rows.T
-            sae.threshold.fill_(1.5)
-        sae.save_pretrained(root / f"sae{seed}")
-    with open(root / "labels.csv", "w", newline="") as file:
-        lines = [[identity, identity.split("/")[0], i % 2] for i, identity in enumerate(ids)]
-        csv.writer(file).writerows([["image", "kind", "parity"], *lines, [ids[0], "pet", ""], ["none.jpg", "x", "y"]])
-    (root / "paths.json").write_text(json.dumps(PATHS))
-    return root
-
-
-def words(there, output, *more, saes=1):
-    given = ("--sae", ",".join(str(there / f"sae{seed}") for seed in range(saes)))
-    return ("evaluate", *given, "--activations", there / "store", "--output", output, "--device", "cpu", *more)
+    return make_inputs(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +42,8 @@ def test_everything_that_the_inputs_allow(whole):
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
     assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
     for name, each in subjects.items():
-        assert [*each["measures"]] == [
-            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
-        ]
+        left_out = ("patches", "behaviour", "visaebench")
+        assert [*each["measures"]] == [measure for measure in MEASURES if measure not in left_out]
         table = pq.read_table(output / found["files"][name]["latents"])
         assert len(table) == each["latents"]
         assert {"latent", "status", "n_active", "ms:emb.npy", "lca_depth", "purity_excess:labels"} <= {
@@ -214,186 +176,6 @@ def test_label_sets_of_a_file(there, tmp_path):
     assert labels["parity"]["selection"]["coverage"] <= 1
     assert abs(labels["parity"]["excess"]["mean"]) < 0.1
     assert labels["kind"]["excess"]["mean"] > 0.1
-
-
-def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    ran = []
-    original = measure.Inputs.work
-
-    def counting(self, name, subject, codes):
-        if len(ran) == 3:
-            raise Interrupted("interrupted")
-        ran.append((subject.name, name))
-        return original(self, name, subject, codes)
-
-    monkeypatch.setattr(measure.Inputs, "work", counting)
-    told = run(*words(there, output, saes=2), code=130)
-    settings = output / "settings.toml"
-    assert f"interrupted; continue with: saevlm-fast evaluate --config {settings} --resume" in told.replace("\n", "")
-    assert not (output / "evaluation.json").exists()
-    assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
-    first = tomllib.loads(settings.read_text())["made"]
-    again = ("evaluate", "--config", settings, "--resume")
-    run(*again)  # as it was told
-    made = tomllib.loads(settings.read_text())["made"]
-    resumed = shlex.join(["saevlm-fast", *map(str, again)])
-    assert (made["command_line"], made["directory"], made["began"]) == tuple(
-        first[name] for name in ("command_line", "directory", "at")
-    )
-    assert made["calls"] == [first["command_line"], resumed]
-    text = " ".join(run("inspect", output).split())
-    assert f"as {first['command_line']}" in text
-    assert f"and {resumed}" in text
-    assert len(ran) == len(set(ran)), "nothing is made twice"
-    ran.clear()
-    run(*words(there, output, "--resume", saes=3))
-    assert {name for name, _ in ran} == {"sae2"}, "an SAE more"
-    made = tomllib.loads(settings.read_text())["made"]
-    assert made["command_line"] == made["calls"][2], "the first call would not measure it"
-    assert (made["calls"][:2], made["began"]) == ([first["command_line"], resumed], made["at"])
-    monkeypatch.undo()
-    run(*words(there, tmp_path / "unbroken", saes=3))
-    both = [json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "unbroken")]
-    assert both[0]["subjects"] == both[1]["subjects"]
-    assert both[0]["table"] == both[1]["table"]
-
-
-def test_under_force_it_says_what_to_type(there, tmp_path, monkeypatch):
-    """Also where there was nothing to replace; what replaces goes on where it was, and the old stays until then."""
-    output, original = tmp_path / "out", measure.Inputs.work
-
-    def interrupted(self, name, *more):
-        if name == "geometry":
-            raise Interrupted("interrupted")
-        return original(self, name, *more)
-
-    for place in (output, output / ".replacement"):
-        monkeypatch.setattr(measure.Inputs, "work", interrupted)
-        told = run(*words(there, output, "--force", "--labels", "none"), code=130).replace("\n", "")
-        again = f"saevlm-fast evaluate --config {place / 'settings.toml'} --resume"
-        assert told.endswith(f"interrupted; continue with: {again}")
-        assert (output / "evaluation.json").is_file() == (place != output)
-        same = run(*words(there, output, "--resume", "--labels", "none"), code=130).replace("\n", "")
-        assert same.endswith("interrupted; continue with the same command")
-        monkeypatch.undo()
-        run(*again.split()[1:])
-        assert (output / "evaluation.json").is_file()
-    assert not (output / ".replacement").exists()
-
-
-def test_inspect_says_how_far_a_cut_evaluation_came_and_how_it_goes_on(there, tmp_path, monkeypatch):
-    """Also where it was moved, where it is to replace another, and where a kill has left no settings."""
-    output, original = tmp_path / "out", measure.Inputs.work
-
-    def interrupted(self, name, *more):
-        if name == "geometry":
-            raise Interrupted("interrupted")
-        return original(self, name, *more)
-
-    def cut(*more):
-        with monkeypatch.context() as patch:
-            patch.setattr(measure.Inputs, "work", interrupted)
-            run(*words(there, output, *more), code=130)
-
-    cut()
-    found = inspect(output)
-    assert (found["kind"], found["command"], found["complete"]) == ("result", "evaluate", False)
-    finished = [file.stem for file in sorted((output / "parts" / "sae0").glob("*.json"))]
-    assert found["finished"] == {"sae0": finished}
-    assert {"reconstruction", "uniqueness"} <= set(finished)
-    assert "geometry" not in finished
-    text = " ".join(run("inspect", output, "--verify").split())
-    for word in ("finished: sae0 ", ", ".join(finished), "saevlm-fast evaluate", "can be read", "INCOMPLETE"):
-        assert word in text, word
-    assert f"{len(finished)} measures are finished; continue with {found['way_on']}" in text
-    folder = inspect(tmp_path)
-    assert [item["way_on"] for item in folder["contents"]] == [found["way_on"]]
-    assert "INCOMPLETE" in run("inspect", tmp_path)
-    moved = output.rename(tmp_path / "moved")
-    (moved / "settings.toml").rename(tmp_path / "settings.toml")
-    without = run("inspect", moved)
-    assert "the same command and --resume" in without
-    assert "no settings lie beside it" in without
-    (tmp_path / "settings.toml").rename(moved / "settings.toml")
-    way_on = inspect(moved)["way_on"]
-    assert f"--output {moved} --resume" in way_on
-    run(*way_on.split()[1:])
-    assert inspect(moved)["figures"]["saes"] == ["sae0"]
-    moved.rename(output)
-    cut("--force")
-    found = inspect(output)
-    assert found["figures"]["saes"] == ["sae0"]
-    assert found["replacement"]["finished"] == {"sae0": finished}
-    assert "its replacement" in run("inspect", output)
-    run(*found["replacement"]["way_on"].split()[1:])
-    assert "replacement" not in inspect(output)
-
-
-def test_a_killed_evaluation_has_its_settings_from_the_first_finished_part_on(there, tmp_path, monkeypatch):
-    output, original = tmp_path / "out", measure.Inputs.work
-
-    class Killed(BaseException):
-        """Which nothing catches, as nothing hears a kill -9."""
-
-    def killed(self, name, *more):
-        if list(output.rglob("parts/*/*.json")):
-            raise Killed
-        return original(self, name, *more)
-
-    monkeypatch.setattr(measure.Inputs, "work", killed)
-    with pytest.raises(Killed):
-        run(*words(there, output))
-    assert not (output / "evaluation.json").exists()
-    found = inspect(output)
-    assert len(found["finished"]["sae0"]) >= 1
-    assert found["made"]["command_line"].startswith("saevlm-fast evaluate")
-    assert f"--config {output / 'settings.toml'}" in found["way_on"]
-    before = tomllib.loads((output / "settings.toml").read_text())
-    monkeypatch.undo()
-    run(*found["way_on"].split()[1:])
-    made = tomllib.loads((output / "settings.toml").read_text())["made"]
-    assert (made["command_line"], made["began"]) == (before["made"]["command_line"], before["made"]["at"])
-    assert inspect(output)["figures"]["saes"] == ["sae0"]
-
-
-def test_a_folder_of_others_with_parts_is_no_evaluation(tmp_path):
-    (tmp_path / "parts" / "engine").mkdir(parents=True)
-    (tmp_path / "parts" / "engine" / "piston.json").write_text('{"version": 1, "key": "a"}')
-    assert "nothing to inspect in it" in run("inspect", tmp_path, code=2)
-
-
-def test_it_says_so_where_what_is_finished_is_of_an_earlier_version(there, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "PARTS_VERSION", 4)
-        run(*words(there, output))
-    said = " ".join(run(*words(there, output, "--resume")).split())
-    assert (
-        said.count(f"{output}: what is finished there is of another version of this program (parts of version 4") == 1
-    )
-    assert "it is made anew" in said
-    assert "another version" not in run(*words(there, output, "--resume")), "it is of this one now"
-    monkeypatch.setattr(measure, "weights_digest", lambda sae: "another")
-    assert "another version" not in run(*words(there, output, "--resume")), "of another SAE, but of this version"
-
-
-def test_a_damaged_part_is_made_anew(there, tmp_path):
-    output = tmp_path / "out"
-    run(*words(there, output))
-    (output / "mine.txt").write_text("mine")
-    before = json.loads((output / "evaluation.json").read_text())
-    parts = output / "parts" / "sae0"
-    (parts / "uniqueness.json").write_text("{")
-    (parts / "geometry.latents.parquet").write_bytes(b"PAR1")
-    run(*words(there, output, "--resume"))
-    assert json.loads((output / "evaluation.json").read_text()) == before
-    run(*words(there, output, "--force", "--labels", "none"))
-    assert "labels" not in json.loads((output / "evaluation.json").read_text())["subjects"][0]["measures"]
-    assert (output / "mine.txt").read_text() == "mine"
-    assert not (output / ".replacement").exists()
 
 
 def test_a_dry_run_writes_nothing(there, tmp_path):

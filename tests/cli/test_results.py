@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import run, run_json
-from saevlm_fast import files, results
+from saevlm_fast import files
 from saevlm_fast.inspection import inspect, verify_inspected
+from saevlm_fast.results import found as results
+from saevlm_fast.results.made import misfit_of
 from small_world import CALLS, build_world, words
 
 # Of a command, what its output is called here, and what its figures must hold, by its own --json.
@@ -276,9 +278,9 @@ def test_the_names_of_a_table_are_compared_with_a_list_one_by_one():
     settings = {"embeddings": ["/w/sub/../a, b", "/w/c", "hf:me/d"]}
     made = {"directory": "/w/sub"}
     for said in ("../a, b, ../c, hf:me/d", "/w/a, b,/w/c,hf:me/d"):
-        assert results._misfit({"embeddings": said}, settings, made) is None
+        assert misfit_of({"embeddings": said}, settings, made) is None
     for said in ("../a, b, ../c", "../a, ../c, hf:me/d", "../a, b, ../c, hf:me/d, e", "../a, b, hf:me/d, ../c", ""):
-        found = results._misfit({"embeddings": said}, settings, made)
+        found = misfit_of({"embeddings": said}, settings, made)
         assert found == f"embeddings is {said} in it, and /w/sub/../a, b, /w/c, hf:me/d in settings.toml"
 
 

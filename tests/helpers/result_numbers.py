@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast import results
+from saevlm_fast.results import found as results
 
 
 def numbers_in(path: Path) -> list[float]:
