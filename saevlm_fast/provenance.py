@@ -57,7 +57,7 @@ def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: To
 
 def check_rows_of(sae: SparseAutoencoder, rows: Activations | StoredCodes) -> str | None:
     """What speaks against encoding these rows with this SAE, for a warning; ValueError as of `misfit`."""
-    what = f"activations: {rows.path} are of {_place(object_of(rows.source))}"
+    what = f"activations: {rows.path} are of {place_of(rows.source)}"
     return misfit(sae.config.metadata.get("source"), rows.source, "the SAE", what)
 
 
@@ -109,10 +109,12 @@ def _kind(tokens: Any) -> str:
 def _elsewhere(trained_on: Mapping[str, Any], rows: Mapping[str, Any]) -> str | None:
     """Where an SAE's training rows are from, if that is known to be another hook point or layer than these rows'."""
     known = [name for name in ("point", "layer") if None not in (trained_on.get(name), rows.get(name))]
-    return _place(trained_on) if any(trained_on[name] != rows[name] for name in known) else None
+    return place_of(trained_on) if any(trained_on[name] != rows[name] for name in known) else None
 
 
-def _place(record: Mapping[str, Any]) -> str:
+def place_of(source: Any) -> str:
+    """Hook point and layer of rows, by the record that the index of their store has, as messages name them."""
+    record = object_of(source)
     point, layer = record.get("point", "rows"), record.get("layer")
     return str(point) if layer is None else f"{point} of layer {layer}"
 

@@ -158,7 +158,12 @@ def fitting(
 
 
 def check_held_out(train_on: Activations, held_out: Activations) -> None:
-    """ValueError: the rows held out are of another width, or those trained on. Of some of these there is a Doubt."""
+    """What is held out is of the place that is trained on, and none of it is trained on; of what is unclear, a Doubt.
+
+    ValueError: the rows held out are of another width, hook point or layer, or those trained on.
+    """
+    from saevlm_fast.provenance import misfit, place_of  # which imports the towers
+
     require(held_out.d == train_on.d, f"validation: width {held_out.d} differs from the activations' {train_on.d}")
     same = train_on.is_same_as(held_out)
     if not same and (train_on.n_rows, train_on.d, train_on.dtype) == (held_out.n_rows, held_out.d, held_out.dtype):
@@ -167,6 +172,9 @@ def check_held_out(train_on: Activations, held_out: Activations) -> None:
     require(not same, f"validation: {train_on.path} is what is trained on; {advice}")
     if common := train_on.in_common_with(held_out):
         doubt(f"validation: {common}; what is measured on these is not of rows held out")
+    of_place = f"validation: {held_out.path} are of {place_of(held_out.source)}"
+    if unlike := misfit(train_on.source, held_out.source, "the SAE", of_place):
+        doubt(f"validation: {unlike}; what is measured on {held_out.path} may mean little")
 
 
 def mono_embeddings_of(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:

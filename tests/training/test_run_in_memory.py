@@ -212,3 +212,17 @@ def test_progress_is_one_line_and_quiet_is_the_default(x_ND, capsys):
 def test_rows_that_are_all_one_teach_nothing(given):
     with pytest.raises(ValueError, match=r"^activations: .* there is nothing to learn$"):
         train(given, SAEConfig(8, 16, 4), steps=2, batch_size=64)
+
+
+def test_validation_of_another_layer_is_refused_and_of_other_tokens_told(tmp_path):
+    def store(name, **source):
+        with ActivationWriter(tmp_path / name, 8, torch.float32, {"point": "residual"} | source) as writer:
+            writer.append(torch.randn(64, 8), {"image": list(map(str, range(64))), "token": [0] * 64})
+        return open_activations(tmp_path / name)
+
+    config = SAEConfig.sized(8, expansion=2, k=2)
+    train_on = store("patches", layer=11, tokens="patches")
+    with pytest.raises(ValueError, match=r"validation: .* are of residual of layer 5, but the SAE was trained on"):
+        train(train_on, config, steps=2, batch_size=16, validation=store("other", layer=5, tokens="patches"))
+    with pytest.warns(Doubt, match="validation: the SAE was trained on residual of layer 11, tokens patches; "):
+        train(train_on, config, steps=2, batch_size=16, validation=store("cls", layer=11, tokens="cls"))
