@@ -68,7 +68,8 @@ def inspect(path: str | Path) -> Description:
     """Describes what is at `path` (or of the Hub, an SAE), without reading its numbers. Stores may be incomplete.
 
     Returns "path", "kind" (activations, codes, sae, run, matrix, result or folder), "bytes" on disk, and what belongs
-    to the kind; a folder has "contents", descriptions of what lies directly in it. What was cut short has "way_on".
+    to the kind; a folder has "contents", descriptions of what lies directly in it, and of runs in a folder of no other
+    kind there. What was cut short has "way_on".
 
     Raises:
         ValueError: nothing of a known kind, or damaged. OSError: not readable.
@@ -82,8 +83,13 @@ def inspect(path: str | Path) -> Description:
         return describe(path)
     if not path.is_dir():
         return _matrix_or_sae(path)
-    children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    looked = {child: _sound_or_damaged(child) for child in children if child.is_dir() or has_record(child)}
+    children = [each for child in sorted(path.iterdir()) if not child.name.startswith(".") for each in _runs_in(child)]
+    is_output = (path / SETTINGS_FILE).is_file()  # whose tables have no settings of their own
+    looked = {
+        child: _sound_or_damaged(child)
+        for child in children
+        if child.is_dir() or has_record(child) or (is_output and child.suffix in results.SUFFIXES)
+    }
     described = [item for item in looked.values() if item is not None]
     if not described:
         nearly = registry.nearly(Source(path))
@@ -96,6 +102,12 @@ def inspect(path: str | Path) -> Description:
         "contents": described,
         "others": sum(looked.get(child) is None and not is_record(child) for child in children),
     } | _way_on_of_all(path, described)
+
+
+def _runs_in(child: Path) -> list[Path]:
+    """Runs of a place in a model, which stand in a directory of that place; else what was asked for itself."""
+    runs = [run for run in sorted(child.iterdir()) if (run / RUN_FILE).is_file()] if child.is_dir() else []
+    return [child] if not runs or _describer(child) is not None else runs
 
 
 def _sound_or_damaged(child: Path) -> Description | None:

@@ -5,7 +5,7 @@
         steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
 
 From the field come the Python default, the check when an object is made, the option of the command line and the key of
-a configuration file (saevlm_fast/cli/options.py), and the line in docs/settings.md (saevlm_fast/cli/reference.py).
+a configuration file (saevlm_fast/cli/command_line.py, config_file.py), and the line in docs/settings.md (saevlm_fast/cli/reference.py).
 Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
 """
 
@@ -23,6 +23,7 @@ from saevlm_fast.errors import check_kind, require, shown
 from saevlm_fast.urls import is_url, redacted_text, remote_path
 
 _KEY = "setting"
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, in the file systems that people have
 NUMBERS: dict[Any, tuple[str, Any]] = {  # kind -> its name, what is accepted for it
     bool: ("true or false", bool),
     int: ("a whole number", Integral),
@@ -163,6 +164,9 @@ class Settings:
                     check_once(known.option or name, getattr(self, name))
                 for each in getattr(self, name) if get_args(kind)[0] is Path else ():
                     _check_here(name, known, each)
+            for each in value if isinstance(value, tuple) else (value,):
+                if known.place == "path" and isinstance(each, str):
+                    _check_length(known.option or name, each)
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -307,7 +311,21 @@ def path_of(name: str, text: Any) -> Path:
     path = os.fspath(text)
     require(path != "", f"{name}: is empty; . is the working directory")
     require("\0" not in path, f"{name}: {path!r} holds a NUL")
-    return remote_path(text) if is_url(text) else Path(path)
+    if is_url(text):
+        return remote_path(text)
+    _check_length(name, str(path))
+    return Path(path)
+
+
+def _check_length(name: str, path: str) -> None:
+    """ValueError: no file system that people have takes such a path."""
+    encoded = os.fsencode(path)
+    whole, longest = len(encoded), max(map(len, encoded.split(os.fsencode(os.sep))))
+    require(
+        whole <= _LONGEST_PATH and longest <= _LONGEST_NAME,
+        f"{name}: {path[:40]}... is too long: {whole:,} bytes, and {longest:,} in one name; a path may have "
+        f"{_LONGEST_PATH:,}, and a name {_LONGEST_NAME}",
+    )
 
 
 def integer(name: str, text: str) -> int:

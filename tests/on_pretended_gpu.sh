@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tests as on two GPUs, where there is none: bash tests/on_pretended_gpu.sh [pytest's arguments]
 #
-# torch believes in two GPUs whose memory is the host's: its CUDA tensors, streams, events, graphs and allocators are real,
-# the work is done by the CPU and by Triton's interpreter, and gloo carries what ranks tell each other. So every line of Python that only a GPU reaches is run:
-# devices that are mixed, waits within a capture, races between streams, pinned memory that is reused too soon and kernels
-# that leave their arguments are found. Nothing is timed, and nothing is said of what the compiler makes of a kernel.
+# torch believes in two GPUs whose memory is the host's: its CUDA tensors, streams, events, graphs and allocators are
+# real, the work is done by the CPU and by Triton's interpreter, and gloo carries what ranks tell each other. So every line
+# of Python that only a GPU reaches is run: devices that are mixed, waits within a capture, races between streams, pinned
+# memory that is reused too soon and kernels that leave their arguments are found. Nothing is timed, and nothing is said of
+# what the compiler makes of a kernel.
 #
 # It needs Linux, gcc and a torch that is built for CUDA 13. A step takes seconds.
 set -euo pipefail

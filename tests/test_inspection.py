@@ -286,6 +286,21 @@ def test_a_run_that_is_to_be_replaced_names_the_unfinished_one(folder):
     assert "state complete its replacement INCOMPLETE, step 2 of 4; continue with saevlm-fast train" in text
 
 
+def test_a_grid_is_listed_with_its_summary_and_runs_of_places_below_it(folder):
+    np.save(folder / "train.npy", np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32))
+    steps = ("--steps", 2, "--batch-size", 50, "--d-sae", 32, "--k", "2,3", "--device", "cpu")
+    run("train", "--activations", folder / "train.npy", "--output", folder / "grid", *steps)
+    (folder / "grid" / "layer-1").mkdir()
+    shutil.move(folder / "grid" / "k2", folder / "grid" / "layer-1" / "k2")  # as `train --layer` has them
+    (folder / "grid" / "notes").mkdir()
+    found = inspect(folder / "grid")
+    kinds = {str(Path(item["path"]).relative_to(folder / "grid")): item["kind"] for item in found["contents"]}
+    assert kinds == {"grid.json": "result", "grid.parquet": "result", "k3": "run", "layer-1/k2": "run"}
+    text = run("inspect", folder / "grid")
+    assert "layer-1/k2" in text
+    assert f"{found['others']} other files and folders" in text
+
+
 def test_runs_that_one_command_began_go_on_together(folder):
     runs = cut_runs(folder)
     settings = (runs / "cut" / "settings.toml").read_text()

@@ -37,7 +37,7 @@ def contents_rows(description: Description) -> list[tuple[str, str, str, str, st
     """(name, kind, shape, dtype, size on disk, complete) of what is in a folder."""
     return [
         (
-            Path(item["path"]).name,
+            _name_in(description, item),
             item.get("command", item["kind"]),
             shape_text(item) if item["kind"] not in ("damaged", "result") else "",
             item.get("dtype") or (item.get("sae") or {}).get("dtype", ""),
@@ -56,11 +56,15 @@ def _shared_rows(description: Description) -> list[tuple[str, str]]:
     return [row for row in (rows[0] if rows else []) if all(row in others for others in rows)]
 
 
+def _name_in(folder: Description, item: Description) -> str:
+    return str(Path(item["path"]).relative_to(folder["path"]))
+
+
 def _unfinished_rows(description: Description) -> list[tuple[str, str]]:
     """Of a folder: what is damaged, diverged or cut short in it, and how that goes on."""
     rows = []
     for item in description["contents"]:
-        name, together = Path(item["path"]).name, "way_on" in description and item["kind"] == "run"
+        name, together = _name_in(description, item), "way_on" in description and item["kind"] == "run"
         if item["kind"] == "damaged":
             rows.append((f"DAMAGED: {name}", item["damage"]))
         elif not item.get("complete", True):

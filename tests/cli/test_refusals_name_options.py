@@ -104,3 +104,21 @@ def test_what_a_message_begins_with_is_compared_with_places_alone(tmp_path):
         with pytest.raises(ValueError, match=r":") as refused, named_by_option(options):
             raise ValueError(message)
         assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize("bad", ["x" * 260, "/tmp/" + "ü" * 130, "a/" * 3000])
+@pytest.mark.parametrize(
+    ("call", "option"),
+    [
+        (("train", "--activations", "store", "--output"), "output"),
+        (("train", "--output", "out", "--activations"), "activations"),
+        (("evaluate", "--activations", "store", "--output", "out", "--sae"), "sae"),
+        (("report", "--activations", "store", "--output", "out", "--sae"), "sae"),
+        (("inspect",), "path"),
+    ],
+)
+def test_a_path_that_no_disk_takes_is_its_options(world, monkeypatch, call, option, bad):
+    monkeypatch.chdir(world)
+    last = run(*call, bad, code=2).strip().splitlines()[-1]
+    assert last.startswith(f"error: {option}: {bad[:40]}... is too long: "), last
+    assert last.endswith("a path may have 4,095, and a name 255")
