@@ -219,11 +219,24 @@ class OtherSettings(ValueError):
 
     def told(self, called: Callable[[str, str], str]) -> str:
         """The message; called: what a setting of a section and a name is called in it."""
-        (section, first, value, before), *others = self.differ
+        differ = [(section, name, *_apart(value, before)) for section, name, value, before in self.differ]
+        (section, first, value, before), *others = differ
         listed = ", ".join(f"{called(*where)} ({value}, not {before})" for *where, value, before in others[:3])
         more = f"; also different: {listed}" if others else ""
         more += f" and {len(others) - 3} more" if len(others) > 3 else ""
         return f"resume: {called(section, first)} is {value}, but the run was started with {before}{more}"
+
+
+def _apart(value: Any, before: Any) -> tuple[Any, Any]:
+    """Of two lists what only one has, and how much both: names of many stores would hide it."""
+    lists = isinstance(value, list) and isinstance(before, list)
+    common = [each for each in value if each in before] if lists else []
+    only = [[each for each in these if each not in common] for these in (value, before)] if common else []
+    if not any(only):  # nothing is in both, or the order alone differs
+        return value, before
+    n = f"{len(common)} other{'s' if len(common) > 1 else ''}"
+    value, before = (f"{', '.join(map(str, each))} and {n}" if each else f"the {n} alone" for each in only)
+    return value, before
 
 
 def size_text(n_bytes: int) -> str:

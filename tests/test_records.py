@@ -211,6 +211,16 @@ def test_what_a_setting_follows_from_are_options():
         assert set(follows) <= set(settings_of(kind)), kind
 
 
+def test_of_lists_what_differs_is_named():
+    for value, before, told in (
+        ([1, 2], [1, 2, 3, 4], "the 2 others alone, but the run was started with 3, 4 and 2 others"),
+        (["a", "b"], ["a", "c"], "b and 1 other, but the run was started with c and 1 other"),
+        ([1, 2], [2, 1], "[1, 2], but the run was started with [2, 1]"),
+        ([1], [2], "[1], but the run was started with [2]"),
+    ):
+        assert str(OtherSettings([("harvest", "stores", value, before)])) == f"resume: stores is {told}"
+
+
 def test_every_setting_that_differs_from_a_runs_is_named(tmp_path):
     started = {"sae": {"d_sae": 16, "k": 2, "groups": [1]}, "config": {"steps": 3, "lr": 0.1, "seed": 0}}
     write_record(tmp_path / "run.json", started)
