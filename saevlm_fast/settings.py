@@ -5,7 +5,8 @@
         steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
 
 From the field come the Python default, the check when an object is made, the option of the command line and the key of
-a configuration file (saevlm_fast/cli/command_line.py, config_file.py), and the line in docs/settings.md (saevlm_fast/cli/reference.py).
+a configuration file (saevlm_fast/cli/command_line.py, config_file.py), and the line in docs/settings.md
+(saevlm_fast/cli/reference.py).
 Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
 """
 
