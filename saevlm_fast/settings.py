@@ -6,8 +6,8 @@
 
 From the field come the Python default, the check when an object is made, the option of the command line and the key of
 a configuration file (saevlm_fast/cli/command_line.py, config_file.py), and the line in docs/settings.md
-(saevlm_fast/cli/reference.py).
-Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
+(saevlm_fast/cli/reference.py). Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a
+field over with `same_as`.
 """
 
 import os
