@@ -55,6 +55,7 @@ def order_streams() -> None:
     after(event, "synchronize", lambda self: device.host_waits(self.cuda_event))
     after(event, "query", lambda self: device.is_over(self.cuda_event))
     after(stream, "synchronize", lambda self: device.host_waits_for_stream(key_of(self)))
+    after(stream, "query", lambda self: device.stream_is_over(key_of(self)))
     after(torch.cuda, "synchronize", lambda device_=None: device.host_waits_for_all(number_of(device_)))
     after(torch.cuda, "empty_cache", lambda: device.host_waits_for_all())  # cudaFree waits
 

@@ -169,6 +169,18 @@ def test_an_event_is_over_when_it_has_been_waited_for():
     assert pinned.tolist() == [1, 1, 1, 1]
 
 
+def test_a_stream_is_over_when_it_is_asked_again():
+    x, pinned = torch.ones(4, device="cuda"), torch.empty(4, pin_memory=True)
+    stream = torch.cuda.current_stream()
+    pinned.copy_(x, non_blocking=True)
+    assert not stream.query()
+    assert pinned.tolist() != [1, 1, 1, 1]
+    assert stream.query()
+    assert pinned.tolist() == [1, 1, 1, 1]
+    x.add_(1)
+    assert not stream.query()
+
+
 def test_a_kernel_that_leaves_its_arguments_is_found():
     import triton
     import triton.language as tl

@@ -70,6 +70,7 @@ class Device:
         self._host: Clock = {}  # one for all threads: what hands work between them is taken to wait
         self._events: dict[int, Clock] = {}
         self._queries: dict[int, int] = {}
+        self._asked: dict[int, int] = {}  # of a stream, its last launch when Stream.query was asked
         self._open: dict[int, dict[Access, tuple[int, str]]] = {}  # of a stream, unknown to the host
         self._coming: list[Copy] = []
         self._lent: list[Copy] = []
@@ -182,6 +183,16 @@ class Device:
             if self._queries[event] > 1:
                 self._host_knows(clock)
             return all(number <= self._host.get(stream, 0) for stream, number in clock.items())
+
+    def stream_is_over(self, stream: int) -> bool:
+        """Not yet, when it is asked for the first time since its last launch."""
+        with self._lock:
+            clock = self._clock(stream)
+            last = clock.get(stream, 0)
+            if self._asked.get(stream) == last:
+                self._host_knows(clock)
+            self._asked[stream] = last
+            return last <= self._host.get(stream, 0)
 
     def _host_knows(self, clock: Clock) -> None:
         merge(self._host, clock)
