@@ -48,7 +48,8 @@ def test_values_and_gradients_are_those_of_the_cpu():
         t = x.to(device).detach().requires_grad_()
         y = torch.where(t > 0, t, 2).pow(3)[[0, 2], 1:].sum() + torch.logsumexp(t @ t.T, 1).mean() % 7
         y.backward()
-        found.append((y.detach().cpu(), t.grad.cpu(), (t[t > 0] * 3).sort().values.detach().cpu()))
+        scaled = torch.ldexp(t.detach(), torch.arange(5, device=device))
+        found.append((y.detach().cpu(), t.grad.cpu(), (t[t > 0] * 3).sort().values.detach().cpu(), scaled.cpu()))
     for expected, there in zip(*found):
         torch.testing.assert_close(there, expected)
 

@@ -18,6 +18,8 @@ NATIVE = frozenset(
 WAITING = frozenset(
     "equal nonzero masked_select bincount _unique2 unique_dim unique_consecutive repeat_interleave.Tensor".split()
 )
+# One function for all devices, which finds the device's loop itself: no kernel that could be replaced.
+OF_ALL_DEVICES = frozenset("ldexp.Tensor".split())
 INDEXING = frozenset("index.Tensor index.Tensor_out _index_put_impl_".split())  # by indices on either side, or masks
 
 
@@ -26,7 +28,9 @@ def replace_kernels(device: Device) -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, own = name.partition("::")
-        if namespace == "aten" and own not in NATIVE and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        if namespace != "aten" or own in NATIVE:
+            continue
+        if own in OF_ALL_DEVICES or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             packet, _, overload = own.partition(".")
             kernel = Kernel(device, own, getattr(getattr(torch.ops.aten, packet), overload or "default"))
             library.impl(own, kernel, "CUDA", allow_override=True)
