@@ -59,11 +59,10 @@ def _table(text: str) -> _Parts:
 
 def _images(text: str) -> _Parts:
     """Also DIR::SPLIT, and patterns of names."""
-    if os.path.exists(text):
-        return "", text, ""
-    if is_url(text) or text == "none" or _NO_PLACE.match(text):
+    is_here = os.path.exists(text)
+    if is_url(text) or text == "none" or (_NO_PLACE.match(text) and not is_here):
         return text, "", ""
-    path, colons, split = text.partition("::")
+    path, colons, split = (text, "", "") if is_here else text.partition("::")
     return "", path, colons + split
 
 

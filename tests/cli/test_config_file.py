@@ -219,7 +219,7 @@ def test_what_names_a_place_is_the_same_from_anywhere(tmp_path, monkeypatch):
         return placed(name, SETTINGS.get(name, Setting(help="")), value)
 
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene", "openai", "none.pt"):
+    for folder in ("photos", "images", "store", "net", "tiny-clip", "scene", "openai", "none.pt", "none"):
         (tmp_path / folder).mkdir()
     for file in ("l.csv", "p.json", "w.safetensors", "font.ttf", "mean.npy", "a.tar"):
         (tmp_path / file).touch()
