@@ -279,7 +279,7 @@ class RunDirectory:
             return
         tensors, sae = state.checked_tensors(self.diverged), state.export()
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
-        if Written.by(state.device) is not Written.BESIDE_STEPS:  # a CPU has the steps to do
+        if self._written_by(state.device) is not Written.BESIDE_STEPS:  # a CPU has the steps to do
             now = {name: tensor.cpu() for name, tensor in tensors.items()}, sae.cpu()
             self._write(final, lambda: now, counts, self._metrics_so_far())
             return

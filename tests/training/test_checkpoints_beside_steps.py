@@ -11,10 +11,10 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as run_module
 from saevlm_fast.training import saved_state
 from saevlm_fast.training.checkpoints import RunDirectory, checkpoints
+from saevlm_fast.training.memory import Written
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint
 from saevlm_fast.training.step import Stepper
@@ -29,7 +29,7 @@ def data():
 
 @pytest.fixture
 def beside(monkeypatch):
-    monkeypatch.setattr(checkpoints_module, "written_beside_steps", lambda device: True)
+    monkeypatch.setattr(RunDirectory, "_written_by", lambda self, device: Written.BESIDE_STEPS)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def spoiled_from(step, device_step):
 
 def test_the_files_are_those_of_checkpoints_between_steps(data, tmp_path, monkeypatch, slow):
     run(data, tmp_path / "beside")
-    monkeypatch.setattr(checkpoints_module, "written_beside_steps", lambda device: False)
+    monkeypatch.setattr(RunDirectory, "_written_by", lambda self, device: Written.IN_TURN)
     run(data, tmp_path / "between")
     for step in (30, 40):
         pair = [checkpoints(tmp_path / name)[step // 10 - 3] for name in ("beside", "between")]
