@@ -19,7 +19,7 @@ from saevlm_fast.cli.scenes import scenes
 from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.cli.train_looks import StoreLooks
-from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.errors import Interrupted, doubt, require
 from saevlm_fast.training.memory import Written, most_memory_of, training_disk
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ def check_outputs(options: "TrainArguments") -> None:
         RunDirectory(member.output, member.checkpoint_every, member.resume, member.force).used()
         for member in options.members().values()
     ]
+    members = {member.output.name for member in options.members().values()}
+    runs = [path.parent.name for path in sorted(options.output.glob(f"*/{RUN_FILE}"))]
+    if others := [name for name in runs if name not in members]:
+        doubt(f"output: {options.output} also holds {', '.join(others)}, of other calls: the summary leaves them out")
     if not any(used) and not options.resume:
         files = (SETTINGS_FILE, *TABLES)
         check_absent([options.output / file for file in files], options.force)

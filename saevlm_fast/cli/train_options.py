@@ -28,6 +28,7 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
     """Options of `saevlm-fast train`."""
 
     title = "Data"
+    resume_adds: ClassVar[bool] = True  # SAEs, to those of a list
     made_from: ClassVar = {
         "d_in": ("activations", "model"),
         "d_sae": ("d_sae", "expansion"),

@@ -107,6 +107,18 @@ def test_resume_and_force(x, tmp_path):
     assert "seed is 0, but" in run(*words(x, tmp_path / "grid", *LISTS, "--resume"), code=2)
 
 
+def test_a_resume_with_another_list_is_the_call_that_makes_it_and_tells_of_saes_of_others(x, tmp_path):
+    grid = tmp_path / "grid"
+    run(*words(x, grid, "--k", "2,3"))
+    text = run(*words(x, grid, "--k", "2,4", "--resume"))
+    assert "grid also holds k3, of other calls: the summary leaves them out" in " ".join(text.split())
+    document = tomllib.loads((grid / "settings.toml").read_text())
+    assert [each["k"] for each in document["train"]["sweep"]] == [2, 4]
+    assert "--k 2,4" in document["made"]["command_line"]
+    assert ["--k 2,3" in call for call in document["made"]["calls"]] == [True, False]
+    assert [row["name"] for row in json.loads((grid / "grid.json").read_text())["saes"]] == ["k2", "k4"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
